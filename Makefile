@@ -7,10 +7,10 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c
 # The lowest versions have no wheels for the newest.
 OLDEST ?= $(shell for p in python3.11 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
 BIN := .venv/bin
-# A worker keeps to neighbouring tests, which share compiled programs, until it runs out of its own.
-PYTEST := python -m pytest -n 2 --dist worksteal
+# The tests of a file share compiled programs, so one worker runs them all.
+PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo help density test test-all test-benchmarks test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
+.PHONY: demo help density test test-all test-changed test-benchmarks test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
 	bench bench-accelerators time-to-nll posterior tables regression mixed estimate series clean
 
 demo: .venv/ready  ## Train a density on real handwritten digits; the picture is out/digits.png
@@ -22,22 +22,21 @@ help:  ## List the targets
 density: .venv/ready  ## Train a density on two moons; the picture is out/density_2d.png
 	$(BIN)/python examples/density_2d.py --data moons
 
-test: .venv/ready  ## Run all but the slow tests
-	$(BIN)/$(PYTEST) -m "not slow and not benchmarks"
+test: .venv/ready  ## Run all but the slow tests; out/test_costs.tsv is what each file costs
+	$(BIN)/$(PYTEST) -m "not slow and not benchmarks" --programs=check --costs=out/test_costs.tsv
 
 test-all: .venv/full  ## Run all tests but runs of benchmarks; a library that is missing is a failure; TESTS="..." for some
-	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m "not benchmarks" $(TESTS)
+	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m "not benchmarks" --costs=out/test_costs.tsv $(TESTS)
 
-# What the runs of benchmarks depend on, beside jaxode. The stamp is that of the last run that passed.
-BENCHMARKS := benchmarks/cases benchmarks/harness benchmarks/peers tests/project/test_benchmarks_run.py
-STAMP = git ls-files -z $(BENCHMARKS) | xargs -0 cat | cksum
+# 5 is the status of pytest when there is nothing to run.
+test-changed: .venv/full  ## Run the tests, slow ones too, that the difference to main affects: SINCE=commit for another, TESTS="..." for some
+	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) --changed=$(SINCE) $(TESTS) || [ $$? = 5 ]
 
-test-benchmarks: .venv/full  ## Run every benchmark at a tiny size, if benchmarks/ changed since it last passed
-	@if [ "$$($(STAMP))" = "$$(cat .ci/benchmarks.stamp)" ]; then echo "benchmarks/ is as at its last run"; else \
-		JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m benchmarks && $(STAMP) > .ci/benchmarks.stamp; fi
+test-benchmarks: .venv/full  ## Run every benchmark at a tiny size
+	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m benchmarks
 
-test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that pyproject.toml allows
-	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST) -m "not benchmarks"
+test-lowest: .venv-lowest/ready  ## Run the tests at the lowest versions that pyproject.toml allows: TESTS="..." for some
+	JAXODE_TEST_CACHE=.jax_cache/lowest .venv-lowest/bin/$(PYTEST) -m "not benchmarks" $(TESTS)
 
 .venv-lowest/ready: pyproject.toml .ci/lowest.txt
 	$(OLDEST) -m venv --clear .venv-lowest

@@ -6,7 +6,7 @@ import os
 import pathlib
 
 # Tests compile far more than they compute, and XLA compiles three times as fast without
-# optimizations. JAXODE_TEST_OPTIMIZED=1 runs the programs that users run, as CI does weekly.
+# optimizations. JAXODE_TEST_OPTIMIZED=1 runs the programs that users run, as CI does at night.
 if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
     flags = [
         os.environ.get("XLA_FLAGS", ""),
@@ -20,6 +20,8 @@ if not os.environ.get("JAXODE_TEST_OPTIMIZED"):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
+import changed
+import costs
 import jax
 import numpy as np
 import pytest
@@ -44,6 +46,20 @@ _cache = pathlib.Path(__file__).parent.parent / ".jax_cache"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAXODE_TEST_CACHE", str(_cache)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_traceback_in_locations_limit", 0)
+
+
+def pytest_addoption(parser):
+    costs.add_options(parser)
+    parser.addoption(
+        "--changed", metavar="COMMIT", nargs="?", const="",
+        help="run what the difference to a commit affects, by default to the last landed one",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(costs.Costs(config), "costs")
+    if config.getoption("changed") is not None:
+        config.pluginmanager.register(changed.Changed(config.getoption("changed")), "changed")
 
 
 def pytest_collection_finish():
@@ -71,11 +87,9 @@ def forget_programs():
 def compiled():
     """What JAX says of each program that it compiles, in order."""
     names = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, _, **of: names.append(of) if "backend_compile" in name else None
-    )
+    costs.METER.watchers.append(names)
     yield names
-    jax.monitoring.clear_event_listeners()
+    costs.METER.watchers.remove(names)
 
 
 @pytest.fixture

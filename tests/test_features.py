@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, ROWS
-from helpers import AGAIN, METHODS, REVERSE, assert_close, only_rows_of_one_solve
+from helpers import (
+    AGAIN,
+    METHODS,
+    REVERSE,
+    assert_close,
+    only_rows_of_one_solve,
+    with_slow,
+)
 
 import jaxode
 from jaxode import Result
@@ -24,6 +31,17 @@ EACH_ONCE = [
     *("doses, a breakpoint and an event", "an event that changes the state"),
     "stiff, doses and a breakpoint",
 ]
+# In `make test`: what has code of its own. The other cases are pairs of these.
+FAST = [
+    *("outputs", "outputs of each row", "the solution between steps", "doses and outputs"),
+    *("doses in spans of each row", "an event in spans of each row"),
+    *("an event that changes the state", "joint steps", "stiff"),
+]
+
+
+def but(cases, fast=FAST):
+    """Names of cases that are not `fast`."""
+    return [name for name in cases if name not in fast]
 
 
 def loss_of(found, weights):
@@ -80,7 +98,7 @@ def failures(case):
             yield lost(name, x[name][LOST, ::-1]), Result.INVALID_ARGUMENT, None
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_slow(CASES, but(CASES)))  # pairs compile for seconds
 def test_values_and_gradients_are_those_of_the_closed_form(name):
     """By every input."""
     case, (slopes, values) = CASES[name], expected(name)
@@ -101,10 +119,16 @@ BY_METHOD = {
     "forward": ["doses and outputs", "doses backwards"],
 }
 OF_ALL = ["an event that changes the state", "equal steps"]
+OF_METHODS = [(by, name) for by in BY_METHOD for name in BY_METHOD[by] + OF_ALL]
+ONLY_HERE = [
+    *(("backsolve", "doses and outputs"), ("backsolve", "an event that changes the state")),
+    ("forward", "doses and outputs"),
+]
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [(by, name) for by in BY_METHOD for name in BY_METHOD[by] + OF_ALL]
+    ("method", "name"),
+    with_slow(OF_METHODS, but(OF_METHODS, ONLY_HERE)),  # each compiles for two seconds
 )
 def test_every_method_has_the_gradient_of_the_closed_form(method, name):
     """And exact ones the same gradient where the solution is a rough one."""
@@ -116,7 +140,7 @@ def test_every_method_has_the_gradient_of_the_closed_form(method, name):
         assert_close(run(x, ALL, 1e-3)[0], program(name)(x, ALL, 1e-3)[0], 1e-10)
 
 
-@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("name", with_slow(OF_ROWS, but(OF_ROWS)))  # as their gradients above
 def test_a_row_that_fails_leaves_the_others_alone(name):
     """To the last bit: their values, and the gradients of a loss that masks it."""
     case, run = CASES[name], program(name)
@@ -133,7 +157,10 @@ def test_a_row_that_fails_leaves_the_others_alone(name):
         assert jnp.isnan(run(x, ALL, TIGHT)[0]["p"])
 
 
-@pytest.mark.parametrize("name", EACH_ONCE)
+RAISED = ["doses in spans of each row"]
+
+
+@pytest.mark.parametrize("name", with_slow(EACH_ONCE, but(EACH_ONCE, RAISED)))  # without gradients
 def test_a_failure_is_raised_with_its_row_or_masked(name):
     """Without `jit`, which changes no value."""
     case, lost = CASES[name], (np.arange(ROWS) == LOST) | (name in JOINT)
@@ -151,7 +178,13 @@ def test_a_failure_is_raised_with_its_row_or_masked(name):
         np.testing.assert_allclose(solution.y1, found["y1"], rtol=1e-13)
 
 
-@pytest.mark.parametrize("name", [name for name in EACH_ONCE if name in OF_ROWS])
+UNDER_VMAP = ["an event in spans of each row", *(name for name in EACH_ONCE if name in OF_ROWS)]
+
+
+FEW = UNDER_VMAP[0], "doses in spans of each row"
+
+
+@pytest.mark.parametrize("name", with_slow(UNDER_VMAP, but(UNDER_VMAP, FEW)))  # large programs
 def test_vmap_over_single_solves_is_the_solve_of_rows(name, monkeypatch):
     """Values, work, and gradients by what each row has for itself and what all share."""
     case, x = CASES[name], CASES[name].inputs
@@ -180,7 +213,10 @@ def test_vmap_over_single_solves_is_the_solve_of_rows(name, monkeypatch):
     assert_close(run(failed, OTHERS)[0], program(name)(failed, OTHERS, TIGHT)[0], 1e-9)
 
 
-@pytest.mark.parametrize("name", EACH_ONCE)
+IN_SINGLE = ["an event that changes the state"]
+
+
+@pytest.mark.parametrize("name", with_slow(EACH_ONCE, but(EACH_ONCE, IN_SINGLE)))  # alike
 def test_single_precision(name):
     case = CASES[name]
     x = {key: leaf.astype(jnp.float32) for key, leaf in case.inputs.items()}
@@ -192,7 +228,7 @@ def test_single_precision(name):
 @pytest.mark.parametrize(("method", "again"), [case for case in AGAIN if case[0] in REVERSE])
 def test_second_derivatives(method, again):
     """Of the time of an event and of the state there, along a direction of all inputs."""
-    case = CASES["an event"]
+    case = CASES["an event"]._replace(times=None)
     x, options = case.inputs, {"adjoint": METHODS[method].adjoint}
     way = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(1.0 + leaf.size)[1:]).reshape(leaf.shape), x)
 

@@ -65,13 +65,25 @@ def ways(name, given):
     return ("eager", "all")
 
 
+def once_each(rows, places):
+    """Rows, of which those that repeat the entries at `places` are for the full suite alone."""
+    known, marked = set(), []
+    for row in rows:
+        key = tuple(row[place] for place in places)
+        repeats = "eager" not in key and key in known
+        known.add(key)
+        marks = [pytest.mark.slow] * repeats  # as eagerly, but traced
+        marked.append(pytest.param(*row, marks=marks))
+    return marked
+
+
 def ids(x):
     return x[:60].replace("::", ":") if isinstance(x, str) else ""
 
 
 @pytest.mark.parametrize(
     ("way", "name", "given", "kind", "words"),
-    [(way, *row) for row in ROWS for way in ways(*row[:2])],
+    once_each([(way, *row) for row in ROWS for way in ways(*row[:2])], (0, 1)),
     ids=ids,
 )
 def test_what_is_wrong_is_told_while_a_call_is_traced(way, name, given, kind, words, request):
@@ -122,15 +134,29 @@ def in_batch(words, way):
 
 @pytest.mark.parametrize(("name", "changes", "kind", "words", "start"), OF_VALUES, ids=ids)
 def test_a_value_that_is_known_is_told_at_once(name, changes, kind, words, start):
-    """Also in a program, where a comparison of two arguments, or rows, wait until it runs."""
+    del start
+    with raises(kind, start_of(name, changes, in_batch(words, "eager"))):
+        VALUES[name].run(**inputs(name, changes), throw=True)
+
+
+# With one argument, or with several, of each call.
+KNOWN = [
+    (name, len(changes) > 1, changes, words, start)
+    for name, changes, kind, words, start in OF_VALUES
+    if kind is ValueError
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "several", "changes", "words", "start"), once_each(KNOWN, (0, 1)), ids=ids
+)
+def test_a_value_that_is_known_is_told_in_a_program(name, several, changes, words, start):
+    """At once, or by the program: a comparison of arguments, or of rows, waits until it runs."""
     words, start = (start_of(name, changes, in_batch(x, "eager")) for x in (words, start))
-    call = lambda: VALUES[name].run(**inputs(name, changes), throw=True)
-    with raises(kind, words):
-        call()
-    if kind is ValueError:
-        waits = AT_RUN_TIME if len(changes) > 1 or "pairs" in name else ValueError
-        with pytest.raises(waits, match=f"^{words}|SolveError: {start}"):
-            jax.block_until_ready(jax.jit(call)())
+    waits = AT_RUN_TIME if several or "pairs" in name else ValueError
+    run = jax.jit(lambda: VALUES[name].run(**inputs(name, changes), throw=True))
+    with pytest.raises(waits, match=f"^{words}|SolveError: {start}"):
+        jax.block_until_ready(run())
 
 
 @pytest.mark.parametrize(("way", "name", "changes", "kind", "words", "start"), IN_PROGRAMS, ids=ids)

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import scipy.linalg
+from helpers import with_slow
 
 import jaxode
 from jaxode.divergence import exact, hutchinson
@@ -281,7 +283,7 @@ def quadratic(s, z, v):
     return v @ jacobian(s, z) @ v
 
 
-def test_15_hutchinson_is_unbiased_and_fixed_through_a_solve():
+def test_15_hutchinson_is_unbiased():
     """`E[v^T A v] = tr A`: the mean of all signs, and Gaussian within 4 standard errors."""
     g = lambda z: f(0.3, z, THETA)
     estimates = jax.jit(jax.vmap(lambda v: hutchinson().apply(g, X[0], v[None])[1]))
@@ -290,12 +292,16 @@ def test_15_hutchinson_is_unbiased_and_fixed_through_a_solve():
     error = jnp.abs(values.mean() - divergence_of_f(0.3, X[0]))
     assert error < 4 * values.std() / np.sqrt(len(values))
 
-    # One and the same probe at all times of a solve.
-    for distribution in ("rademacher", "gaussian"):
-        flow = flow_model(hutchinson(distribution=distribution))
-        _, aux = flow.nll_and_stats(THETA, X, key=KEY)
-        probes = probes_of(flow.divergence)[:, 0]
-        close(aux.log_det, -along_the_trajectory(quadratic, X, probes), 1e-7)
+
+@pytest.mark.parametrize(
+    "distribution",
+    with_slow(["rademacher", "gaussian"], ["gaussian"]),  # other numbers in the same program
+)
+def test_15_one_probe_at_all_times_of_a_solve(distribution):
+    flow = flow_model(hutchinson(distribution=distribution))
+    _, aux = flow.nll_and_stats(THETA, X, key=KEY)
+    probes = probes_of(flow.divergence)[:, 0]
+    close(aux.log_det, -along_the_trajectory(quadratic, X, probes), 1e-7)
 
 
 def test_16_directional_derivative_by_one_product():
@@ -405,6 +411,7 @@ def test_20_training_sums_over_probes_and_samples():
     close(jax.jit(jax.grad(several.nll))(THETA, X, key=KEY), mean(THETA, X, probes))
 
 
+@pytest.mark.slow  # trains for 300 steps
 def test_20_ffjord_learns_a_mixture_of_three_normals(default_settings):
     """Maximum likelihood reaches the true density to 0.02 nats of Kullback-Leibler divergence."""
     means, scale = jnp.array([-2.8, -0.9, 2.0]), 0.4

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import checking_leaks
+from helpers import checking_leaks, with_slow
 
 import jaxode
 
@@ -61,7 +61,7 @@ def traced_settings(end):
 
 AS, ON = jnp.stack([A, 2 * A]), jnp.array([True, False])
 PROGRAMS = {
-    "vmap of the settings": traced_settings,
+    "vmap of the settings": lambda end: jax.jit(lambda: traced_settings(end))(),
     "jit of all jacobians": lambda end: jax.jit(jax.jacrev(end, (0, 1, 2)))(A, 1.0, Y0),
     "jit of all jacobians forward": lambda end: jax.jit(
         jax.jacfwd(lambda *inputs: end(*inputs, **FORWARD), (0, 1, 2))
@@ -71,7 +71,7 @@ PROGRAMS = {
         jax.vmap(jax.grad(lambda y0: jnp.sum(end(a, y0=y0) ** 2)))(AS) ** 2
     )))(A),
     "donation": donated,
-    "checkpoint": lambda end: jax.grad(jax.checkpoint(summed(end)))(A),
+    "checkpoint": lambda end: jax.jit(jax.grad(jax.checkpoint(summed(end))))(A),
     "gradient of a scan": lambda end: jax.jit(jax.grad(scanned(end)))(A),
     "a loop until the state is small": lambda end: jax.lax.while_loop(
         lambda y: y.max() > 0.1, lambda y: end(A, y0=y), Y0
@@ -80,14 +80,19 @@ PROGRAMS = {
     "vmap of the gradient of a cond": lambda end: jax.jit(
         jax.vmap(jax.grad(chosen(end)), (None, 0))
     )(A, ON),
-    "linearize": lambda end: jax.linearize(lambda a: end(a, **FORWARD), A)[1](jnp.ones(2)),
+    "linearize": lambda end: jax.jit(
+        lambda a: jax.linearize(lambda a: end(a, **FORWARD), a)[1](jnp.ones(2))
+    )(A),
     "checks of leaks": lambda end: checking_leaks()(
         lambda: jax.jit(jax.grad(summed(end)))(1.01 * A)
     )(),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    with_slow(PROGRAMS, ["vmap of the gradient of a cond"]),  # two gradients in one program
+)
 def test_programs_around_a_solve(name):
     # 1e-7: a hundred times the tolerance, for derivatives of second order.
     both = map(PROGRAMS[name], (solved, exact))
@@ -140,8 +145,12 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("f", "options", "value", "args", "rate"), FIELDS.values(), ids=FIELDS)
-def test_gradients_by_the_parameters_of_any_field(f, options, value, args, rate):
+INSIDE = ["a scan and equations", "a branch that is NaN", "the gradient of an energy"]
+
+
+@pytest.mark.parametrize("name", with_slow(FIELDS, INSIDE))  # JAX's own derivatives
+def test_gradients_by_the_parameters_of_any_field(name):
+    f, options, value, args, rate = FIELDS[name]
     actual = jax.jit(jax.grad(lambda a: summed(solved)(args(a), f=f, **options)))(value)
     expected = jax.jit(jax.grad(lambda a: summed(exact)(rate(a))))(value)
     np.testing.assert_allclose(actual, expected, rtol=1e-7, atol=1e-8)

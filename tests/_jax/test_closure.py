@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from jax.extend.backend import get_backend
 
 import jaxode
@@ -118,7 +119,10 @@ def of_args(t, y, matrix):
     return linear(matrix, t, y, None)
 
 
-@pytest.mark.parametrize("name", ONCE)
+OF_FLOWS = ["log_prob", "sample", "learned base"]
+
+
+@pytest.mark.parametrize("name", with_slow(ONCE, OF_FLOWS))  # compiled as nll
 def test_compiles_once(name, compiled):
     first = ONCE[name](0)
     assert compiled
@@ -202,7 +206,10 @@ def test_a_change_is_not_taken_for_what_it_was(name):
         np.testing.assert_allclose(CHANGED[name](rate), Y0 * np.exp(-rate), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["attribute of a field", "variable of a closure"])
+DIFFERENTIATED = ["attribute of a field", "variable of a closure"]
+
+
+@pytest.mark.parametrize("name", with_slow(DIFFERENTIATED, DIFFERENTIATED[:1]))  # as of a closure
 def test_a_change_that_is_differentiated(name):
     for rate in RATES:
         gradient = jax.grad(lambda rate: CHANGED[name](rate).sum())(rate)
@@ -287,8 +294,11 @@ def test_what_is_equal_has_one_hash(name):
     assert hash(make(1.0)) == hash(make(1.0))
 
 
-@pytest.mark.parametrize("derive", [lambda f: f, jax.grad])
-def test_only_so_many_programs_are_kept(derive, monkeypatch):
+DERIVED = {"value": lambda f: f, "gradient": jax.grad}
+
+
+@pytest.mark.parametrize("name", with_slow(DERIVED, ["gradient"]))  # ten programs
+def test_only_so_many_programs_are_kept(name, monkeypatch):
     """Of fields that are new functions. A gradient has two programs, one of them of the value."""
     monkeypatch.setattr("jaxode._jax.closure.KEPT", 2)
     count = lambda: (gc.collect(), len(get_backend().live_executables()))[1]
@@ -296,7 +306,7 @@ def test_only_so_many_programs_are_kept(derive, monkeypatch):
     def call(rate):
         field = lambda t, y, args: -rate * y
         run = lambda y: jaxode.solve(field, y, 0.0, 1.0, solver=diffrax.Euler(), steps=1).y1
-        return derive(run)(1.0)
+        return DERIVED[name](run)(1.0)
 
     call(0)
     before = count()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 
 from jaxode import nn
 from jaxode._jax import pullback
@@ -53,7 +54,7 @@ CASES = [(name, lambda f: f) for name in FUNCTIONS]
 CASES += [("convolved", jax.jacrev), ("layers", jax.jacfwd)]
 
 
-@pytest.mark.parametrize(("name", "mode"), CASES)
+@pytest.mark.parametrize(("name", "mode"), with_slow(CASES, CASES[-2:-1]))  # second derivatives
 def test_is_that_of_jax(name, mode):
     both = (jax.jit(mode(gradient(v, FUNCTIONS[name])))(M, X, CT) for v in (vjp, jax.vjp))
     close(*both)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIMIZED
+from helpers import OPTIMIZED, with_slow
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,7 +91,10 @@ LOSSES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOSSES)
+OF_PARTS = [name for name in LOSSES if name not in ("joint steps", list(LOSSES)[-1])]
+
+
+@pytest.mark.parametrize("name", with_slow(LOSSES, OF_PARTS))  # programs of eight devices
 def test_a_batch_over_devices_is_that_of_one(name):
     axes, axis_name, options = LOSSES[name]
     # The error estimate amplifies rounding, and the steps of an adjoint ODE follow it.
@@ -101,6 +104,7 @@ def test_a_batch_over_devices_is_that_of_one(name):
     assert_same(of_all_devices(axis_name, axes, **options)(*inputs), expected, rtol)
 
 
+@pytest.mark.slow  # programs of a device and of eight
 def test_each_device_takes_the_joint_steps_of_its_own_rows():
     """With error control a part of the batch has other steps than the whole."""
     rows = [slice(i, i + BATCH // DEVICES) for i in range(0, BATCH, BATCH // DEVICES)]
@@ -113,21 +117,28 @@ def test_each_device_takes_the_joint_steps_of_its_own_rows():
     assert_same(found, (mean[0], (mean[1], by_x)))
 
 
-def test_closed_over_parameters_must_vary():
-    def loss(params, x, context, weights, vary=lambda params: params):
-        params = vary(params)
-        flow = jaxode.cnf(
-            lambda t, z, args: field(t, z, (params, args[1])), jaxode.standard_normal(DIM),
-            steps=6, divergence=jaxode.divergence.exact(),
-        )  # fmt: skip
-        return flow.nll(None, x, context=context, weights=weights)
+def loss_that_closes_over(params, x, context, weights, vary=lambda params: params):
+    params = vary(params)
+    flow = jaxode.cnf(
+        lambda t, z, args: field(t, z, (params, args[1])), jaxode.standard_normal(DIM),
+        steps=6, divergence=jaxode.divergence.exact(),
+    )  # fmt: skip
+    return flow.nll(None, x, context=context, weights=weights)
 
-    inputs = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
+
+UNWEIGHTED = (PARAMS, X, CONTEXT, jnp.ones(BATCH))
+
+
+def test_closed_over_parameters_must_vary():
     with pytest.raises(ValueError, match="closes over a differentiated array of shape"):
-        sharded(loss)(*inputs)
-    vary = lambda params: sharding.vary(params, frozenset([AXIS]))
-    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*inputs)
-    assert_same(sharded(lambda *inputs: loss(*inputs, vary))(*inputs), expected)
+        sharded(loss_that_closes_over)(*UNWEIGHTED)
+
+
+@pytest.mark.slow  # programs of a device and of eight
+def test_closed_over_parameters_that_vary():
+    loss, vary = loss_that_closes_over, lambda params: sharding.vary(params, frozenset([AXIS]))
+    expected = jax.jit(jax.value_and_grad(loss, (0, 1)))(*UNWEIGHTED)
+    assert_same(sharded(lambda *inputs: loss(*inputs, vary))(*UNWEIGHTED), expected)
 
 
 def crossing(axis_name):
@@ -170,6 +181,7 @@ def test_without_the_types_of_shard_map():
     assert_same(jax.jit(run)(*inputs), (value, by_params))
 
 
+@pytest.mark.slow  # as the loss of a batch over devices
 def test_flow_and_its_gradient_over_devices():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
 
@@ -263,6 +275,7 @@ def test_steps_over_two_axes_need_the_same_times_on_all():
         run(X, jnp.ones(2))
 
 
+@pytest.mark.slow  # what XLA does by itself
 def test_a_sharded_batch_under_plain_jit():
     """XLA splits the program itself, and the numbers are those of one device."""
     split = NamedSharding(Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), SPLIT)

@@ -1,5 +1,7 @@
 """The audit finds what is wrong with a flow, and condemns no flow that is right."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import diffrax
@@ -14,6 +16,9 @@ from scipy import stats
 import jaxode
 from jaxode import divergence
 from jaxode.auditing import base as of_base
+from jaxode.auditing import checks
+from jaxode.auditing.audited_flow import AuditedFlow
+from jaxode.auditing.divergence import divergence as divergence_check
 
 KEY = jax.random.key(0)
 FIELDS = {
@@ -27,13 +32,18 @@ FIELDS = {
     "still": lambda t, z, p: 0 * z,
     "root": lambda t, z, p: jnp.sqrt(jnp.abs(p - 0.3)) * z,  # by p, it has no derivative
 }
+# Compiled with all others of these, so that most audits run one set of programs.
+COMMON = ["wave", "jump", "spin", "cubic", "undefined", "still", "root"]
 
 
+@dataclasses.dataclass(frozen=True)
 class Offered:
-    """Any of the fields, with a closed form that is off. Which, and by what, are data."""
+    """Any of some fields, with a closed form that is off. Which, and by what, are data."""
+
+    names: tuple[str, ...]
 
     def __call__(self, t, z, args):
-        return jax.lax.switch(args[0], list(FIELDS.values()), t, z, args[1])
+        return jax.lax.switch(args[0], [FIELDS[name] for name in self.names], t, z, args[1])
 
     def value_and_divergence(self, t, z, args):
         of_derivative, of_divergence, more = jax.lax.stop_gradient(args[2])
@@ -54,28 +64,35 @@ BOUNDED = semicircle, lambda key, shape: 2 * jax.random.beta(key, 1.5, 1.5, shap
 
 
 class Base(eqx.Module):
-    """A density times a factor, and samples at another scale."""
+    """A density times a factor, and samples at another scale. All but its columns is data."""
 
     event_shape: tuple[int, ...] = eqx.field(static=True, converter=lambda n: (n,))
-    of: tuple = eqx.field(static=True, default=NORMAL)
+    bounded: jax.Array = eqx.field(converter=jnp.asarray, default=False)
     scale: jax.Array = eqx.field(converter=jnp.asarray, default=1.0)
     log_factor: jax.Array = eqx.field(converter=jnp.asarray, default=0.0)
 
     def log_prob(self, z):
-        return self.of[0](z) + self.log_factor
+        return jax.lax.cond(self.bounded, BOUNDED[0], NORMAL[0], z) + self.log_factor
 
     def sample(self, key, shape=()):
-        return self.scale * self.of[1](key, (*shape, *self.event_shape))
+        draw = BOUNDED[1] if self.bounded else NORMAL[1]
+        return self.scale * draw(key, (*shape, *self.event_shape))
 
 
-def audit(f="wave", base=2, p=0.3, off=(1.0, 1.0, 0.0), x=None, context=None, **options):
-    base = jaxode.standard_normal(base) if isinstance(base, int) else base
+def subject(f="wave", base=2, p=0.3, off=(1.0, 1.0, 0.0), x=None, **options):
+    """A flow, its parameters and samples."""
+    base = Base(base) if isinstance(base, int) else base
     x = 0.5 * jax.random.normal(jax.random.key(1), (16, *base.event_shape)) if x is None else x
     tolerances = {name: jnp.asarray(options.pop(name, 1e-5)) for name in ("rtol", "atol")}
     if isinstance(f, str):
-        which = jnp.asarray(list(FIELDS).index(f))
-        f, p = OFFERED, (which, jnp.asarray(p), tuple(jnp.asarray(each, float) for each in off))
-    return jaxode.audit(jaxode.cnf(f, base, **tolerances, **options), p, x, KEY, context=context)
+        names = tuple(COMMON if f in COMMON else [f])
+        which, f = jnp.asarray(names.index(f)), Offered(names)
+        p = (which, jnp.asarray(p), tuple(jnp.asarray(each, float) for each in off))
+    return jaxode.cnf(f, base, **tolerances, **options), p, x
+
+
+def audit(*args, context=None, **options):
+    return jaxode.audit(*subject(*args, **options), KEY, context=context)
 
 
 def off(of):
@@ -88,7 +105,7 @@ def off(of):
     return {"divergence": divergence.Divergence(of.init, apply, "my own")}
 
 
-OFFERED, NOISY, EXACT = Offered(), off(divergence.hutchinson()), off(divergence.exact())
+NOISY, EXACT = off(divergence.hutchinson()), off(divergence.exact())
 WRONG, LOOSE = {"off": (1, 1.01, 0)}, {"rtol": 0.3, "atol": 0.3, "p": 4.0}
 TRACE, DRAWS, TOTAL = "divergence error", "base samples", "base probability"
 FAIL, USED, ROUGH = "solves that fail", "part of max_steps used", "part of steps rejected"
@@ -98,9 +115,10 @@ SOLVER = "round-trip error, log-density error, gradient error"
 
 # (a wrong flow, the checks that find it, words of the advice). A new plant is one row.
 PLANTS = {
-    "closed form": (lambda: audit("tanh", 12, **WRONG), TRACE, "is not the trace"),
+    "closed form": (lambda: audit("cubic", x=close(2), **WRONG), TRACE, "is not the trace"),
     "of zero": (lambda: audit("still", off=(1, 1, 1)), TRACE, "is not the trace"),
     "derivative": (lambda: audit(off=(1.01, 1, 0)), TRACE, "returns a different derivative"),
+    "12 columns": (lambda: audit("tanh", 12, **WRONG), TRACE, "is not the trace"),
     "my own": (lambda: audit("tanh", **EXACT, **WRONG), TRACE, "(my own) is not the trace"),
     "noisy": (lambda: audit("tanh", 12, 0.01, (1, 2, 0), **NOISY), TRACE, "(my own) is not the"),
     "wide": (lambda: audit(base=Base(2, scale=1.5)), DRAWS, "do not have its log_prob"),
@@ -110,24 +128,89 @@ PLANTS = {
     "tolerance": (lambda: audit(**LOOSE), SOLVER, "Tighten rtol and atol"),
     "adjoint": (lambda: audit(**LOOSE, adjoint=BACKSOLVE), SOLVER, "DiscreteAdjoint() instead of"),
     "steps": (lambda: audit(p=2.0, solver=EULER, steps=4), SOLVER, "Raise steps from 4"),
-    "jump": (lambda: audit("jump", 1), f"{ROUGH}, round-trip error", "Look for a kink"),
+    "jump": (lambda: audit("jump"), f"{ROUGH}, round-trip error", "Look for a kink"),
     "max_steps": (lambda: audit(p=40.0, max_steps=23), f"{FAIL}, {USED}", "steps ran out at t="),
     "root": (lambda: audit("root"), "gradient error", "such as sqrt at 0"),
     "nearly": (lambda: audit(p=4.0, max_steps=23), USED, "Raise max_steps from 23"),
     "undefined": (lambda: audit("undefined"), FAIL, "not finite at t=0.5"),
-    "far": (lambda: audit("swirl", x=AWAY), FAR, "standardize=data"),
-    "outside": (lambda: audit(base=Base(2, BOUNDED), x=AWAY), OUTSIDE, "nothing to measure"),
+    "far": (lambda: audit("still", x=AWAY), FAR, "standardize=data"),
+    "outside": (lambda: audit(base=Base(2, True), x=AWAY), OUTSIDE, "nothing to measure"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("run", "found", "words"), PLANTS.values(), ids=PLANTS)
-def test_plant_is_found(run, found, words):
+# Options of a flow and numbers of columns that no other audit has: each compiles a dozen programs.
+OTHERS = ["12 columns", "my own", "noisy", "adjoint", "steps", "max_steps", "nearly"]
+
+
+@pytest.mark.parametrize("name", with_slow(PLANTS, OTHERS))  # programs of their own, 5 s each
+def test_plant_is_found(name):
+    run, found, words = PLANTS[name]
     report = run()
     assert (set(report.advice), report.ok) == (set(found.split(", ")), False)
     assert any(words in sentence for sentence in report.advice.values())
     lines, first = str(report).splitlines(), next(iter(report.advice))
     assert [line.split("  ")[0] for line in lines[1 : 1 + len(report.rows)]] == list(report.values)
     assert lines[-len(report.advice)].startswith(f"! {first}: ")
+
+
+def test_a_noisy_divergence_has_the_trace_as_its_mean():
+    """The check alone: without a solve, of samples that stay where they are."""
+
+    def row(factor):
+        flow, p, x = subject("tanh", 2, 0.3, (1.0, factor, 0.0), **NOISY)
+        alone = AuditedFlow(flow, p, x, KEY, None)
+        alone.z = x
+        return divergence_check(alone)
+
+    right, wrong = row(1.0), row(2.0)
+    assert (right.value, right.advice) == (0.0, "")
+    assert wrong.value > 0.5
+    assert "(my own) is not the trace" in wrong.advice
+
+
+def measured(taken=(10, 20), rejected=(1, 0), gradient=1.0, failed="", **options):
+    """What the checks of the loss read of a flow whose tight solve has the gradient one."""
+    stats = SimpleNamespace(num_steps=np.array(taken), num_rejected=np.array(rejected))
+    own = {"steps": None, "max_steps": 50, "implicit": False, "adjoint": jaxode.DiscreteAdjoint()}
+    return SimpleNamespace(
+        flow=SimpleNamespace(solve_options=SimpleNamespace(**(own | options))),
+        losses=(({"p": jnp.asarray(gradient)}, stats), ({"p": jnp.asarray(1.0)}, None)),
+        params={"p": jnp.asarray(0.3)}, failed=failed, tight=SimpleNamespace(failed=""),
+        outside=np.zeros(2, bool),
+    )  # fmt: skip
+
+
+# (a check, what it reads, its value, words of the advice or none). A new one is one row.
+MEASURED = {
+    "few steps": (checks._steps, {}, 0.4, ""),
+    "many steps of one row": (checks._steps, {"taken": (10, 30)}, 0.6, "Raise max_steps from 50"),
+    "rejected": (checks._rejected, {"rejected": (9, 6)}, 0.5, "no step size suits the field"),
+    "few rejected": (checks._rejected, {"rejected": (3, 3)}, 0.2, ""),
+    "rejected after a failure": (checks._rejected, {"rejected": (9, 9), "failed": "x"}, np.nan, ""),
+    "gradient": (checks._gradient, {"gradient": 1.02}, 0.02, "Tighten rtol and atol for training."),
+    "right gradient": (checks._gradient, {"gradient": 1.001}, 0.001, ""),
+    "adjoint": (
+        checks._gradient, {"gradient": 0.9, "adjoint": BACKSOLVE}, 0.1,
+        "Tighten rtol and atol for training, or use adjoint=jaxode.DiscreteAdjoint() instead of Ba",
+    ),
+    "steps": (checks._gradient, {"gradient": 0.9, "steps": 4}, 0.1, "Raise steps from 4 for train"),
+    "root": (checks._gradient, {"gradient": np.nan}, np.nan, "such as sqrt at 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_a_check_says_of_a_measurement(name):
+    check, reads, value, words = MEASURED[name]
+    row = check(measured(**reads))
+    np.testing.assert_allclose(row.value, value, rtol=1e-6)
+    assert row.advice.startswith(words) or (words in row.advice and words)
+    assert bool(row.advice) == bool(words)
+
+
+@pytest.mark.parametrize("check", [checks._steps, checks._rejected])
+def test_a_check_of_adaptive_steps_leaves_out_other_flows(check):
+    option = {"steps": 4} if check is checks._steps else {"implicit": True}
+    assert check(measured(**option)) is None
 
 
 def pushed(t, z, p):
@@ -145,7 +228,7 @@ def shifted(t, z, args):
 PARTICLES = jaxode.centered_normal(3, 1)
 ROWS = 0.1 * jnp.ones((16, 1)), np.arange(16).astype(">i4")  # labels, as of a FITS table
 half = lambda t, z, p: jnp.tanh(p.astype(z.dtype) * z)
-near = lambda size: jax.random.uniform(jax.random.key(1), (16, size), minval=-0.1, maxval=0.1)
+close = lambda size: jax.random.uniform(jax.random.key(1), (16, size), minval=-0.1, maxval=0.1)
 # Right flows by their parameter. A new one is one row.
 RIGHT = {
     "two columns": lambda p: audit(p=p),
@@ -162,17 +245,19 @@ RIGHT = {
     "particles": lambda p: audit(
         pushed, PARTICLES, jnp.asarray(p + 0.2j), x=PARTICLES.sample(KEY, (16,)), max_step=0.01
     ),
-    "bounds": lambda p: audit("tanh", Base(2, BOUNDED), p, x=near(2).at[3].set(5.0)),
-    "no way back for most": lambda p: audit("cubic", 1, p, x=near(1)),
-    "half precision": lambda p: audit(half, x=near(2).astype(jnp.float16), p=jnp.float32(p)),
+    "bounds": lambda p: audit("wave", Base(2, True), 0.1 * p, x=close(2).at[3].set(5.0)),
+    "no way back for most": lambda p: audit("cubic", 2, p, x=close(2)),
+    "half precision": lambda p: audit(half, x=close(2).astype(jnp.float16), p=jnp.float32(p)),
 }  # fmt: skip
 
 
-# Each compiles a dozen programs of its own, for 10 s.
-SLOW = ["implicit, per sample", "probes", "particles", "half precision"]
+SLOW = [
+    "12 columns", "implicit, per sample", "probes", "noisy", "learned base, context, forward",
+    "particles", "half precision",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", with_slow(RIGHT, SLOW))
+@pytest.mark.parametrize("name", with_slow(RIGHT, SLOW))  # a dozen programs of their own, 10 s each
 def test_right_flow_is_not_condemned_and_a_second_audit_compiles_nothing(name, compiled):
     run = RIGHT[name]
     report = run(0.3)

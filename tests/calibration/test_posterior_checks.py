@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from scipy import stats
 
 import jaxode
@@ -39,9 +40,11 @@ THETA, X = simulate()
 sbc = lambda density, **options: jaxode.calibration.sbc(density, THETA, X, key=KEY, **options)
 
 
-def test_ranks_are_those_of_the_closed_form():
-    """A rank is binomial by the level of the parameter, with at most 3.3 deviations in 100."""
-    theta, x = simulate(100)
+def test_ranks_are_those_of_the_closed_form(monkeypatch):
+    """A rank is binomial by the level of the parameter, with at most 3.3 deviations in 100. In two
+    parts, which have contexts of their own."""
+    monkeypatch.setattr(simulations, "MAX_NUMBERS", 100 * 4000 * 4)
+    theta, x = simulate(200)
     found = jaxode.calibration.sbc(posterior(), theta, x, key=KEY, draws=4000)
     level = stats.norm.cdf((theta - x / (1 + NOISE**2)) / WIDTH)
     np.testing.assert_allclose(found.ranks / 4000, level, atol=5 * np.sqrt(0.25 / 4000))
@@ -65,7 +68,7 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", WRONG)
+@pytest.mark.parametrize("fault", with_slow(WRONG, ["too low", "too wide"]))  # signs alone differ
 def test_a_tenth_of_a_deviation_is_found_in_the_parameter_that_has_it(fault):
     found = sbc(posterior(*WRONG[fault]))
     assert found.p_values[0] < 1e-3 < found.p_values[1]
@@ -86,7 +89,8 @@ def test_coverage_is_that_of_regions_of_a_wrong_width():
     assert "50% regions cover" in str(found)
 
 
-def test_tarp_finds_a_shift_of_all_parameters():
+def test_tarp_finds_a_shift_of_all_parameters(monkeypatch):
+    monkeypatch.setattr(simulations, "MAX_NUMBERS", 400 * SIMULATIONS)  # parts of that many
     density, (theta, x) = posterior(), simulate(4 * SIMULATIONS)
     density = density.with_params((jnp.full(2, 0.3), jnp.ones(2)))
     assert jaxode.calibration.tarp(density, theta, x, key=KEY).p_value < 1e-6
@@ -122,7 +126,8 @@ def test_memory_is_bounded_whatever_the_context(monkeypatch):
 def test_c2st_is_a_half_for_equal_samples_and_one_for_separated():
     pytest.importorskip("sklearn")
     a, b = np.random.default_rng(2).normal(size=(2, 200, 2))
-    assert jaxode.calibration.c2st(a, b) == pytest.approx(0.5, abs=0.1)  # 4 errors of 0.025
+    first = a[:, 0], b[:, 0]  # whose network is small: to separate nothing, it trains for long
+    assert jaxode.calibration.c2st(*first) == pytest.approx(0.5, abs=0.1)  # 4 errors of 0.025
     assert jaxode.calibration.c2st(a, b + 20) == 1.0
 
 

@@ -2,15 +2,18 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import KnownSolution, known_solutions
+from helpers import with_slow
 from scipy import optimize, stats
 
 import jaxode
 from jaxode.estimation.marginal import evaluated
-from jaxode.estimation.maximum import PopulationLikelihood, Total
-from jaxode.estimation.population import _Given, _posed
+from jaxode.estimation.maximum import Maximum, PopulationLikelihood, Total
+from jaxode.estimation.population import _described, _Given, _posed
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -23,6 +26,15 @@ LINES[2, 3] = np.nan
 
 def line(t, y, params):
     return params["slope"][None]
+
+
+LINE = KnownSolution(line, lambda t, y0, params: y0 + params["slope"] * t)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def solutions():
+    with known_solutions():
+        yield
 
 
 def begin(params):
@@ -48,7 +60,7 @@ def nll_of_lines(x):
 @pytest.fixture(scope="module")
 def lines():
     return jaxode.estimate_population(
-        line, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True
+        LINE, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True
     )
 
 
@@ -125,15 +137,18 @@ def both(predicted, given):
     return jnp.exp(params["add"]) + jnp.exp(params["part"]) * predicted
 
 
+# With all that a population may have, by solves.
+DOSED = {
+    "f": decay, "y0": jnp.zeros((8, 1)), "ts": TS, "ys": SEEN[..., None],
+    "start": {"rate": -1.0, "add": -3.5, "part": -2.5}, "vary": {"rate": 0.3},
+    "noise": both, "args": jnp.ones(()), "row_args": SIZES,
+}  # fmt: skip
+DOSED_JUMPS = jaxode.Jumps(jnp.asarray(DOSES), given_again)
+
+
 def dosed():
-    start = {"rate": -1.0, "add": -3.5, "part": -2.5}
-    jumps = jaxode.Jumps(jnp.asarray(DOSES), given_again)
-    given = _Given(
-        decay, jnp.zeros((8, 1)), TS, SEEN[..., None], start, vary={"rate": 0.3}, t0=0.0,
-        observe=None, noise=both, args=jnp.ones(()), row_args=SIZES, correlated=False,
-        options={"jumps": jumps},
-    )  # fmt: skip
-    return _posed(given)
+    rest = {"t0": 0.0, "observe": None, "correlated": False, "options": {"jumps": DOSED_JUMPS}}
+    return _posed(_Given(**DOSED, **rest))
 
 
 def test_gradients_and_the_likelihood_of_doses_are_exact():
@@ -177,12 +192,39 @@ def test_gradients_and_the_likelihood_of_doses_are_exact():
         np.testing.assert_allclose(laplace - 0.5 * np.log(expected / observed), exact, atol=0.02)
 
 
+# What one or all of the subjects above may have, and what is said of it.
+LOST = {
+    "a row that is not finite": (
+        {"row_args": np.where(np.arange(8) == 4, np.nan, SIZES)},
+        "subject 4 has .* Its row_args are not finite",
+    ),
+    "no noise": (
+        {
+            "row_args": np.where(np.arange(8) == 4, 0.0, SIZES),
+            "start": DOSED["start"] | {"add": -800.0},
+        },
+        r"subject 4 has .* noise is 0 for ys\[4, 0, 0\] = .*, where 0 is predicted. Let it be",
+    ),
+    "no solution": (
+        {"start": DOSED["start"] | {"rate": 800.0}},
+        "subject 0 has no finite likelihood. Start nearer, or raise max_steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_it_names_a_subject_without_a_finite_likelihood(case):
+    changes, words = LOST[case]
+    with pytest.raises(jaxode.SolveError, match=words):
+        jaxode.estimate_population(**DOSED | changes, jumps=DOSED_JUMPS)
+
+
 def test_no_difference_between_subjects_is_a_deviation_of_zero():
     # Lines that are nearer to each other than noise makes them.
     ys = 2.0 - TS + 0.2 * RNG.normal(size=(10, 6))
     ys -= 0.9 * (ys - ys.mean(axis=0)) @ BASIS @ np.linalg.pinv(BASIS)
     found = jaxode.estimate_population(
-        line, begin, TS, ys[..., None], GUESS, SPREAD, correlated=True
+        LINE, begin, TS, ys[..., None], GUESS, SPREAD, correlated=True
     )
     assert max(found.deviations.values()) < 0.02
     np.testing.assert_allclose(found.subjects["level"], found.params["level"], atol=0.02)
@@ -239,25 +281,41 @@ def test_it_refuses(case):
     options, words = WRONG[case]
     given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, **options}
     with pytest.raises((TypeError, ValueError), match=words) as raised:
-        jaxode.estimate_population(line, begin, **given)
+        jaxode.estimate_population(LINE, begin, **given)
     assert str(raised.value).startswith("estimate_population(")
 
 
 def test_a_search_that_is_cut_short_says_where_to_start():
     with pytest.warns(UserWarning, match="did not converge.*where jaxode.estimate of all subjects"):
         found = jaxode.estimate_population(
-            line, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True, steps=0
+            LINE, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True, steps=0
         )
     assert not found.converged
 
 
+def test_what_is_free_is_named_and_has_no_errors():
+    none = dict.fromkeys(("observe", "noise", "args", "row_args"))
+    given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, "t0": 0.0}
+    population, theta = _posed(_Given(LINE, begin, correlated=False, options={}, **given, **none))
+    free = np.array([False, True, False, True, False])
+    covariance = np.where(free | free[:, None], np.nan, 0.04 * np.eye(5))
+    effects = SimpleNamespace(effects=RNG.normal(size=(10, 2)))
+    words = r"not determine \['slope'\], deviation of \['slope'\]: .* parameters vary.$"
+    with pytest.warns(UserWarning, match=words):
+        found = _described(population, Maximum(theta, 1.0, covariance, True, free), effects)
+    assert not found.converged
+    np.testing.assert_allclose([*found.errors.values()], [0.2, np.nan])
+    np.testing.assert_allclose([*found.deviation_errors.values()], [0.2, np.nan])
+
+
+@pytest.mark.slow  # three programs: the test before it finds these faults
 def test_it_names_what_observations_do_not_determine():
     """The rest has the errors that it has without."""
     given = TS, LINES[..., None]
-    lone = jaxode.estimate_population(line, begin, *given, GUESS, SPREAD)
+    lone = jaxode.estimate_population(LINE, begin, *given, GUESS, SPREAD)
     start, vary = GUESS | {"also": 0.3}, SPREAD | {"also": 0.5}
     with pytest.warns(UserWarning, match=r"not determine \['also'\], deviation of \['also'\]:"):
-        found = jaxode.estimate_population(line, begin, *given, start, vary)
+        found = jaxode.estimate_population(LINE, begin, *given, start, vary)
     assert not found.converged
     assert jnp.isnan(found.errors["also"])
     assert jnp.isnan(found.deviation_errors["also"])
@@ -267,31 +325,16 @@ def test_it_names_what_observations_do_not_determine():
         known = lone.deviation_errors[name]
         np.testing.assert_allclose(found.deviation_errors[name], known, rtol=0.01)
 
-    def double(t, y, params):
-        return line(t, y, {"slope": params["slope"] + 0.03 * params["also"]})
+    both = lambda params: {"slope": params["slope"] + 0.03 * params["also"]}
+    double = KnownSolution(
+        lambda t, y, params: line(t, y, both(params)),
+        lambda t, y0, params: LINE.solution(t, y0, both(params)),
+    )
 
     with pytest.warns(UserWarning, match=r"not determine \['also'\], \['slope'\]:"):
         found = jaxode.estimate_population(double, begin, *given, start, SPREAD)
     assert jnp.isnan(found.errors["slope"])
     np.testing.assert_allclose(found.errors["level"], lone.errors["level"], rtol=0.01)
-
-
-def test_it_names_an_observation_without_noise():
-    y0 = jnp.ones((10, 1)).at[4].set(0.0)
-    noise = lambda predicted, params: 0.1 * predicted
-    words = r"subject 4 has .* noise is 0 for ys\[4, 0, 0\] = .*, where 0 is predicted. Let it be"
-    with pytest.raises(jaxode.SolveError, match=words):
-        jaxode.estimate_population(line, y0, TS, LINES[..., None], GUESS, SPREAD, noise=noise)
-
-
-def test_it_names_a_subject_whose_row_is_not_finite():
-    sizes = jnp.ones(10).at[4].set(jnp.nan)
-    grown = lambda params, size: (size * params["level"])[None]
-    of_row = lambda t, y, given: line(t, y, given[0])
-    with pytest.raises(jaxode.SolveError, match=r"subject 4 has .* Its row_args are not finite"):
-        jaxode.estimate_population(
-            of_row, grown, TS, LINES[..., None], GUESS, SPREAD, row_args=sizes
-        )
 
 
 def test_noise_may_be_zero_where_an_observation_is_missing():
@@ -302,11 +345,16 @@ def test_noise_may_be_zero_where_an_observation_is_missing():
     given["start"] = {"level": 1.0, "slope": 0.5}
     found = []
     for ts, ys in (zero, (TS, LINES[..., None])):
-        population, theta = _posed(_Given(line, begin, ts, ys, noise=noise, **given))
-        found.append(evaluated(population, jnp.asarray(theta), jnp.zeros((10, 2))))
-    assert jnp.isfinite(found[1].values).all()
+        population, theta = _posed(_Given(LINE, begin, ts, ys, noise=noise, **given))
+        subject = jax.tree.map(lambda leaf: leaf[2], population.subjects)
+        moments = lambda flat, at=(population, subject): at[0].moments(flat, at[1])
+        nll = jax.jit(lambda z, at=(population, moments, theta, subject.ys): at[0].nll(
+            at[1], at[2], z, at[3]
+        ))  # fmt: skip
+        found.append(nll(np.zeros(2)))
+    assert jnp.isfinite(found[1].value)
     for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(one, other, rtol=1e-12)
 
 
 class Cliff(PopulationLikelihood):
@@ -381,27 +429,35 @@ def test_errors_know_no_units(bowl):
     np.testing.assert_array_equal(found.free, [is_flat] * 3)
 
 
-def test_it_names_a_subject_that_cannot_be_solved():
-    explode = lambda t, y, p: y**2 + jnp.exp(p["level"])
-    with pytest.raises(jaxode.SolveError, match=r"subject 0 has no finite likelihood"):
-        jaxode.estimate_population(
-            explode, jnp.full((10, 1), 1e3), TS, LINES[..., None], GUESS, SPREAD, max_steps=16
-        )
-
-
 def absorbed(t, y, params):
     taken = jnp.exp(params["ka"]) * y[0]
     return jnp.stack([-taken, taken - jnp.exp(params["ke"]) * y[1]])
 
 
-@pytest.mark.parametrize("log_noise", [-1.2, -3.0])
-def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(log_noise):
+def taken(t, y0, params):
+    """Of a dose."""
+    ka, ke = jnp.exp(params["ka"]), jnp.exp(params["ke"])
+    left = jnp.exp(-ka * t)
+    return y0[0] * jnp.stack([left, ka / (ka - ke) * (jnp.exp(-ke * t) - left)])
+
+
+ABSORBED = KnownSolution(absorbed, taken)
+
+
+@pytest.mark.parametrize(
+    ("f", "log_noise"),
+    with_slow(
+        [(ABSORBED, -1.2), (ABSORBED, -3.0), (absorbed, -3.0)],
+        [(absorbed, -3.0)],  # the same search by solves
+    ),
+)
+def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(f, log_noise):
     rng, hours = np.random.default_rng(0), np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
     effects = rng.normal(size=(3, 12, 1)) * np.array([0.6, 0.15, 0.2])[:, None, None]
     ka, ke, volume = np.exp(np.array([0.4, -2.5, -0.7])[:, None, None] + effects)
     mean = 10 * ka / volume / (ka - ke) * (np.exp(-ke * hours) - np.exp(-ka * hours))
     found = jaxode.estimate_population(
-        absorbed,
+        f,
         lambda params: jnp.array([10.0, 0.0]),
         hours,
         mean + 0.3 * rng.normal(size=mean.shape),
@@ -420,7 +476,7 @@ def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(log_nois
 def test_the_information_is_that_of_a_linear_mixed_model():
     none = dict.fromkeys(("observe", "noise", "args", "row_args"))
     given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, "t0": 0.0}
-    population, theta = _posed(_Given(line, begin, correlated=True, options={}, **given, **none))
+    population, theta = _posed(_Given(LINE, begin, correlated=True, options={}, **given, **none))
     found = evaluated(population, jnp.asarray(theta), jnp.zeros((10, 2))).information
     root, noise = np.zeros((2, 2)), np.exp(theta[5])
     root[np.tril_indices(2)] = theta[2:5]

@@ -306,37 +306,66 @@ class Case(NamedTuple):
 EACH = {"batch": "per_sample"}
 NOISY = ("log_prob", "nll")
 
-# (features) A new one is one row; so is a pair of features that go together.
+# A new feature is one row, or goes into a row with features that do not depend on it.
 CASES = {
-    "joint steps": Case(("sample", "nll", "matching", "path"), divergence.auto()),
-    "a context": Case(("nll", "matching", "plain"), context=True, options=EACH),
+    "joint steps": Case(("sample", "nll"), divergence.auto()),
+    "a context": Case(("nll", "matching"), context=True, options=EACH),
     "backwards": Case(
+        ("nll", "path"), divergence.hutchinson(2, "gaussian"), context=True,
+        back=True, options=EACH,
+    ),
+    "starts, backwards": Case(("matching",), event=(1, D, 1), starts=True, back=True),
+    "orthogonal probes": Case(("log_prob",), divergence.hutchinson(2, "orthogonal"), options=EACH),
+    "closed form": Case(("nll",), divergence.closed_form(), WithClosedForm(), options=EACH),
+    "own divergence, order 8 in equal steps": Case(
+        ("nll",), divergence.Divergence(ones, divergence.hutchinson().apply),
+        options={"solver": diffrax.Dopri8(), "steps": 20},
+    ),
+    "own base, more axes": Case(
+        ("nll", "matching"), divergence.exact(chunk=2), base=logistic, event=(1, D, 1),
+        options=EACH,
+    ),
+    "regularized, backwards": Case(
+        ("nll",), divergence.hutchinson(2), regularized=True, back=True,
+        options=EACH | {"adjoint": jaxode.DiscreteAdjoint(3)},
+    ),
+    "regularized, backsolve": Case(
+        ("nll",), divergence.hutchinson(), context=True, regularized=True,
+        options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
+    ),
+    "stiff": Case(("nll",), options=EACH | {"solver": jaxode.Rodas5P()}),
+    "in batches": Case(
+        ("log_prob",), divergence.hutchinson(), context=True, chunk=3, options=EACH
+    ),
+}  # fmt: skip
+# Further pairs of features, each of which is in a row above: programs of many seconds.
+PAIRS = {
+    "joint steps of all losses": Case(("sample", "nll", "matching", "path"), divergence.auto()),
+    "backwards with all losses": Case(
         ("nll", "matching", "path"), divergence.hutchinson(2), context=True,
         back=True, options=EACH,
     ),
+    "energies of a context": Case(("plain",), context=True, options=EACH),
+    "samples in batches": Case(
+        ("log_prob", "sample"), divergence.hutchinson(), context=True, chunk=3, options=EACH
+    ),
     "gaussian probes": Case(NOISY, divergence.hutchinson(3, "gaussian")),
-    "orthogonal probes": Case(("log_prob",), divergence.hutchinson(2, "orthogonal"), options=EACH),
     "exact in chunks": Case(("sample", "nll"), divergence.exact(chunk=2)),
-    "closed form": Case(NOISY, divergence.closed_form(), WithClosedForm(), options=EACH),
-    "own divergence": Case(
-        ("nll",), divergence.Divergence(ones, divergence.hutchinson().apply)
+    "closed form of densities": Case(
+        NOISY, divergence.closed_form(), WithClosedForm(), options=EACH
     ),
     "own base": Case(("nll", "matching", "path"), base=logistic, options=EACH),
     "more axes": Case(("log_prob", "nll", "matching"), event=(1, D, 1), starts=True, context=True),
     "regularized": Case(("nll",), regularized=True, options=EACH),
-    "regularized, backwards": Case(
+    "regularized in joint steps": Case(
         ("nll",), divergence.hutchinson(2), regularized=True, back=True,
         options={"adjoint": jaxode.DiscreteAdjoint(3)},
     ),
-    "regularized, backsolve": Case(
+    "backsolve of energies": Case(
         ("nll", "path"), divergence.hutchinson(), context=True, regularized=True,
         options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
     ),
-    "stiff": Case(
+    "stiff with a context": Case(
         ("nll",), context=True, options=EACH | {"solver": jaxode.Rodas5P()}
-    ),
-    "order 8 in equal steps": Case(("nll",), options={"solver": diffrax.Dopri8(), "steps": 20}),
-    "in batches": Case(
-        ("log_prob", "sample"), divergence.hutchinson(), context=True, chunk=3, options=EACH
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AGAIN, KINDS, METHODS, REVERSE, assert_close, gradient
+from helpers import AGAIN, KINDS, METHODS, REVERSE, assert_close, gradient, with_slow
 from problems import ARGS, TS, Y0, linear_gradients, pendulum, scalar
 
 import jaxode
@@ -17,9 +17,13 @@ A = jnp.array([[0.3, 1.0, 0.0], [-0.5, -0.2, 0.4], [0.1, 0.0, 0.6]])
 V, W = jnp.array([1.0, 2.0, -1.0]), jnp.array([0.5, -1.0, 2.0])
 PRECISIONS = [(name, np.float64, (1e-4, 1e-7, 1e-10)) for name in KINDS]
 PRECISIONS += [(name, np.float32, (1e-5,)) for name in REVERSE]
+AGAIN_IN_FLOAT32 = [row for row in PRECISIONS if row[0] == "forward" or row[1] == np.float32]
 
 
-@pytest.mark.parametrize(("name", "dtype", "tolerances"), PRECISIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerances"),
+    with_slow(PRECISIONS, AGAIN_IN_FLOAT32),  # `test_features.py` has float32 and forward mode
+)
 def test_linear_system_against_the_matrix_exponential(name, dtype, tolerances):
     """`y(1) = expm(A) y(0)`, whose derivatives are known in closed form."""
 
@@ -91,7 +95,11 @@ def by_everything(name, options):
     return jax.jit(gradient(name)(loss, (1, 2, 3, 4, 5)))
 
 
-@pytest.mark.parametrize("case", EVERYTHING)
+OF_OTHERS = ["outputs on ends of steps", "a stage at the end", "backsolve, joint steps"]
+OF_OTHERS += ["a stage without weight"]
+
+
+@pytest.mark.parametrize("case", with_slow(EVERYTHING, OF_OTHERS))  # two programs each
 def test_agrees_with_forward_mode_with_respect_to_everything(case):
     """Which is JAX's own, of the loop that all run."""
     name, inputs, tolerance, options, error = EVERYTHING[case]
@@ -106,7 +114,11 @@ def test_agrees_with_forward_mode_with_respect_to_everything(case):
 ZERO_SPAN = [*((name, {}) for name in KINDS), ("discrete", {"solver": jaxode.Rodas5P()})]
 
 
-@pytest.mark.parametrize(("name", "options"), ZERO_SPAN, ids=[*KINDS, "stiff"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    with_slow(ZERO_SPAN, [ZERO_SPAN[-1], ("forward", {})]),  # the sizes of their steps are the same
+    ids=[*KINDS, "stiff"],
+)
 def test_zero_span(name, options):
     """`y1 = y0`, and the derivatives of `y1` and of an output by the times are `-+f`."""
 

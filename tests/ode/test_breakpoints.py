@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS
+from helpers import METHODS, with_slow
 
 import jaxode
 from jaxode import Result
@@ -30,7 +30,14 @@ def exponent(t):
     return jnp.where(t < 0.3, t, jnp.where(t < 0.7, 0.9 - 2 * t, 5 * t - 4.0))
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3()], ids=repr)
+OF_EACH_ORDER = [diffrax.Tsit5(), diffrax.Dopri8(), diffrax.Bosh3()]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    with_slow(OF_EACH_ORDER, OF_EACH_ORDER[1:]),  # as Tsit5
+    ids=repr,
+)
 def test_a_pulse_is_found_wherever_it_is(solver):
     """Forwards and backwards."""
 
@@ -52,6 +59,7 @@ def dose(t, y, sign):
     return jnp.where((sign * t >= 5) & (sign * t < 5.01), 100.0, 0.0).astype(y.dtype) + 0 * y
 
 
+@pytest.mark.slow  # float32; other pulses are above
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_pulse_early_in_a_long_span_in_single_precision(sign):
     """The steps across its edges are a few roundings of their times long, and not of the last."""
@@ -66,7 +74,7 @@ def test_a_pulse_early_in_a_long_span_in_single_precision(sign):
 ENDS = [(1.0, 0.5, 0.5), (1.0, 0.0, -1e-16), (5.0, 1e5, np.float32(4.99))]
 
 
-@pytest.mark.parametrize(("t0", "t1", "point"), ENDS)
+@pytest.mark.parametrize(("t0", "t1", "point"), with_slow(ENDS, ENDS[2:]))  # float32, as float64
 def test_the_ends_move_the_same_pieces_in_each_step(t0, t1, point):
     """A reverse derivative by the ends asks each step for its piece again."""
     dtype, scale = np.result_type(point), max(abs(t0), abs(t1))
@@ -94,7 +102,10 @@ def test_a_singularity_that_can_be_integrated():
     assert float(end) == pytest.approx(8**0.5, abs=5e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+DTYPES = [jnp.float32, jnp.float64]
+
+
+@pytest.mark.parametrize("dtype", with_slow(DTYPES, DTYPES[1:]))  # as float32
 def test_stages_see_their_own_side_of_a_large_jump(dtype):
     """Were one of them to see the other side, its step would be rejected."""
 
@@ -107,11 +118,11 @@ def test_stages_see_their_own_side_of_a_large_jump(dtype):
 
         return jaxode.solve(f, jnp.zeros(1, dtype), t0, t1, b, breakpoints=b[None], throw=False)
 
-    t0, t1, part = jax.random.uniform(jax.random.key(0), (3, 200), dtype, -3, 3)
-    t0, t1 = t0.at[:4].set(0.0), t1.at[:2].set(1.0)
+    t0, t1, part = np.random.default_rng(0).uniform(-3, 3, (3, 200)).astype(dtype)
+    t0[:4], t1[:2] = 0, 1
     b = t0 + (t1 - t0) * (part + 3) / 6
-    b = b.at[:6].set(jnp.concatenate([t0[:2], t1[2:4], jnp.zeros(2, dtype)]))
-    integral = lambda t: jnp.where(t < b, -(t - b), 1e6 * (t - b))
+    b[:6] = [*t0[:2], *t1[2:4], 0, 0]
+    integral = lambda t: np.where(t < b, -(t - b), 1e6 * (t - b))
     for left in (True, False):
         solution = end(t0, t1, b, left)
         assert solution.ok.all()
@@ -133,9 +144,14 @@ def test_breakpoints_outside_of_the_span_and_their_order_change_nothing(points, 
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), *both))
 
 
+# (solver, tolerance, error)
+QUADRATURES = [(diffrax.Tsit5(), 1e-8, 1e-6), (diffrax.Heun(), 1e-6, 1e-4)]
+
+
+@pytest.mark.slow  # quadratures in pieces of a solve
 @pytest.mark.parametrize(
     ("solver", "tolerance", "error"),
-    [(diffrax.Tsit5(), 1e-8, 1e-6), (diffrax.Heun(), 1e-6, 1e-4)],
+    QUADRATURES,
     ids=["Lobatto", "Legendre"],
 )
 def test_the_training_loss_and_its_gradient_across_jumps(solver, tolerance, error):
@@ -180,7 +196,8 @@ def test_a_field_that_is_not_finite_at_a_breakpoint_fails():
     assert float(solution.t_reached) == pytest.approx(0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["discrete", "backsolve"])
+# Slow: `test_features.py` has the gradient by times of doses with each method.
+@pytest.mark.parametrize("name", with_slow(["discrete", "backsolve"], ["backsolve"]))  # as above
 def test_a_time_at_a_breakpoint_moves_the_state_along_the_field(name):
     """A dose comes as an infusion starts, whose time does not move; or the solve ends there."""
     infusion = lambda t, y, k: jnp.where(t >= 0.5, 1.0, 0.0) - k * y
@@ -194,12 +211,13 @@ def test_a_time_at_a_breakpoint_moves_the_state_along_the_field(name):
         infused = jnp.where(t1 == 0.5, 0.0, (1 - jnp.exp(-k * (t1 - 0.5))) / k)  # before it starts
         return jnp.exp(-k * t1) + 2 * jnp.exp(-k * (t1 - time)) + infused
 
-    run, exact = jax.jit(jax.grad(end, (0, 1, 2))), jax.grad(closed, (0, 1, 2))
+    run, exact = (jax.jit(jax.grad(f, (0, 1, 2))) for f in (end, closed))
     for time, t1 in ((0.5, 1.0), (0.3, 0.5)):
         inputs = jnp.asarray(time), jnp.asarray(t1), jnp.asarray(1.5)
         np.testing.assert_allclose(run(*inputs), exact(*inputs), rtol=1e-6)
 
 
+@pytest.mark.slow  # three programs in float32; others have pulses early in a long span
 def test_a_span_may_be_a_few_roundings_of_its_times_long():
     """In float32 at 1e4 a rounding is 1e-3."""
     f = lambda t, y, _: jnp.where(t < 1e4 + 0.4, 1.0, 3.0).astype(y.dtype) + 0 * y
@@ -213,12 +231,13 @@ def test_a_span_may_be_a_few_roundings_of_its_times_long():
     np.testing.assert_allclose([stopped.t1 - 1e4, stopped.y1[0]], [0.5, 0.7], rtol=5e-3)
 
 
-def test_rows_have_breakpoints_of_their_own():
-    """With gradients by them, in a solve and in `nll`: the rate of each row changes there."""
+@pytest.mark.parametrize("name", with_slow(["solve", "nll"], ["nll"]))  # pieces of a larger solve
+def test_rows_have_breakpoints_of_their_own(name):
+    """With gradients by them: the rate of each row changes there."""
     rate = lambda t, at: jnp.where(t < at[0], 1.0, jnp.where(t < at[1], -2.0, 0.5))
     points = jnp.array([[0.3, 0.7], [0.1, 0.9], [0.5, 2.0]])  # the last lies beyond the end
     padded, y0 = lambda at: jnp.where(at < 1, at, jnp.inf), jnp.array([[1.0], [2.0], [0.5]])
-    options = {"batch": "per_sample", "rtol": 1e-9, "atol": 1e-9}
+    options = {"batch": "per_sample", "rtol": 1e-9, "atol": 1e-9, "throw": False}
 
     def growth(at):
         a, b = jnp.minimum(at[:, 0], 1.0), jnp.minimum(at[:, 1], 1.0)
@@ -240,14 +259,15 @@ def test_rows_have_breakpoints_of_their_own():
         return jnp.mean(0.5 * z**2 + 0.5 * jnp.log(2 * jnp.pi) + total)
 
     closed_end = lambda at: jnp.sum(y0[:, 0] * jnp.exp(growth(at)))
-    for run, exact in ((end, closed_end), (nll, closed_nll)):
-        found = jax.jit(jax.value_and_grad(run))(points)
-        for a, b in zip(found, jax.value_and_grad(exact)(points), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
+    pair = (end, closed_end) if name == "solve" else (nll, closed_nll)
+    found, exact = (jax.jit(jax.value_and_grad(run))(points) for run in pair)
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("points", [[5.0], [[5.0], [0.5]]], ids=["shared", "of each row"])
-def test_a_row_that_fails_beyond_a_breakpoint_adds_nothing_to_others(points):
+@pytest.mark.parametrize("name", with_slow(["shared", "of each row"], ["shared"]))  # as of each row
+def test_a_row_that_fails_beyond_a_breakpoint_adds_nothing_to_others(name):
+    points = [5.0] if name == "shared" else [[5.0], [0.5]]
     f = lambda t, y, a: a * jnp.where(t > 5, jnp.inf, 1.0) * y
 
     def loss(a):
@@ -257,4 +277,4 @@ def test_a_row_that_fails_beyond_a_breakpoint_adds_nothing_to_others(points):
         )  # fmt: skip
         return s.y1[1, 0]
 
-    np.testing.assert_allclose(jax.grad(loss)(0.3), np.exp(0.3), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(0.3), np.exp(0.3), rtol=1e-6)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, with_slow
 
 import jaxode
 
@@ -33,21 +33,26 @@ def test_an_attempt_that_overflows_leaves_no_trace_in_the_gradient_of_a_row_that
     np.testing.assert_allclose(by_t, -jnp.sum(z**3), rtol=1e-12)
 
 
-def test_stages_may_be_kept_beside_some_of_the_states_only():
-    """There is room for those of all states, of one, or of none, as copies of it grow in number."""
-
+# There is room for the stages of all states for one copy of it, and then of one, and of none.
+@pytest.mark.parametrize("copies", with_slow([60_000, 150_000], [150_000]))  # a program more
+def test_stages_may_be_kept_beside_some_of_the_states_only(copies):
     def mean(y0):
         f = lambda t, y, _: -y * jnp.cos(t + y)
         adjoint = jaxode.DiscreteAdjoint(6)
         return jaxode.solve(f, y0, 0.0, 3.0, steps=12, adjoint=adjoint, throw=False).y1.mean()
 
     of = lambda copies: copies * jax.jit(jax.grad(mean))(jnp.full(copies, 2.0))
-    one, *others = map(of, (1, 60_000, 150_000))
-    for several in others:
-        np.testing.assert_allclose(several, np.broadcast_to(one, several.shape), rtol=1e-12)
+    np.testing.assert_allclose(of(copies), np.broadcast_to(of(1), copies), rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(), jaxode.Rodas5P()], ids=["explicit", "stiff"])
+SOLVERS = [diffrax.Tsit5(), jaxode.Rodas5P()]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    with_slow(SOLVERS, SOLVERS[1:]),  # the same sums, of larger programs
+    ids=["explicit", "stiff"],
+)
 def test_gathering_the_parameter_gradient_once_a_step_changes_nothing(solver, monkeypatch):
     """As for more parameters than work."""
     A = jax.random.normal(jax.random.key(0), (3, 3))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS
+from helpers import METHODS, with_slow
 
 import jaxode
 from jaxode import Event, Result
@@ -67,7 +67,14 @@ def test_the_first_of_two_in_one_step():
     np.testing.assert_allclose(s.t1, 0.31, rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Heun(), diffrax.Dopri8()], ids=repr)
+OF_EACH_ORDER = [diffrax.Tsit5(), diffrax.Heun(), diffrax.Dopri8()]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    with_slow(OF_EACH_ORDER, OF_EACH_ORDER[1:]),  # as Tsit5
+    ids=repr,
+)
 def test_at_a_loose_tolerance_the_condition_is_zero_at_the_event(solver):
     """The time has the error of the solve, not the larger one of the interpolant."""
     options = {"event": Event(lambda t, y, _: y**3 - 0.2**3), "solver": solver, "throw": False}
@@ -89,6 +96,7 @@ def test_a_crossing_is_not_lost_between_two_steps():
     assert came(around).all()
 
 
+@pytest.mark.slow  # float32, which `test_features.py` has
 def test_in_single_precision_every_row_settles():
     """In kelvin: a rounding of the state moves the event further than its time is resolved."""
     rates = jnp.linspace(0.08, 0.12, 64, dtype=jnp.float32)
@@ -106,6 +114,7 @@ def test_in_single_precision_every_row_settles():
     np.testing.assert_allclose(solution.t1, math.log(6.85 / 0.05) / rates, rtol=3e-3)
 
 
+@pytest.mark.slow  # a derivative that does not exist
 def test_a_condition_without_slope_has_no_derivative():
     """The time is found, but the implicit function theorem does not hold."""
     field = lambda t, y, args: -jnp.where(args[1], 1.0, args[0]) * y
@@ -152,11 +161,15 @@ def at_rest(y0):
     return jaxode.solve(decay, y0, 0.0, 9.0, 0.0, event=LEVEL, throw=False).y1
 
 
-@pytest.mark.parametrize(("run", "slope"), [(not_a_number_at_the_end, -2.0), (at_rest, 1.0)])
+NOT_CROSSED = [(not_a_number_at_the_end, -2.0), (at_rest, 1.0)]
+
+
+@pytest.mark.parametrize(("run", "slope"), with_slow(NOT_CROSSED, NOT_CROSSED[1:]))  # the same rule
 def test_a_condition_that_does_not_cross_zero_adds_nothing(run, slope):
     np.testing.assert_allclose(jax.jit(jax.grad(run))(0.9), slope, rtol=1e-12)
 
 
+@pytest.mark.slow  # traces three times, for a message
 def test_third_derivatives_are_an_error():
     options = {"event": LEVEL, "adjoint": jaxode.ForwardMode()}
     run = lambda y0: jaxode.solve(decay, y0, 0.0, 9.0, 1.0, **options).t1
@@ -164,6 +177,7 @@ def test_third_derivatives_are_an_error():
         jax.eval_shape(jax.jacfwd(jax.jacfwd(jax.jacfwd(run))), 1.5)
 
 
+@pytest.mark.slow  # `test_features.py` has changes; these are five of them
 def test_cells_that_divide_when_they_are_large():
     """With the number of the division."""
     rates = jnp.array([1.0, 2.0])
@@ -190,11 +204,11 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-def test_a_condition_that_is_zero_at_the_start_and_rises_is_no_fall(cuts):
+@pytest.mark.parametrize("name", with_slow(CUTS, list(CUTS)[:3]))  # no change at the start
+def test_a_condition_that_is_zero_at_the_start_and_rises_is_no_fall(name):
     """A ball is thrown from the ground."""
     ball = lambda t, y, args: jnp.stack([y[1], -10.0 * jnp.ones(())])
-    s = jaxode.solve(ball, jnp.array([0.0, 5.0]), 0.0, 2.0, event=FALLS, **cuts)
+    s = jaxode.solve(ball, jnp.array([0.0, 5.0]), 0.0, 2.0, event=FALLS, **CUTS[name])
     np.testing.assert_allclose(s.t1, 1.0, rtol=1e-6)
 
 
@@ -209,7 +223,8 @@ def sine_of_the_time(a, method, **options):
 @WITH_PIECES
 def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint():
     """In a scan over pieces."""
-    found = jax.jacfwd(jax.grad(sine_of_the_time))(1.3, "discrete", breakpoints=[0.5])
+    time = lambda a: sine_of_the_time(a, "discrete", breakpoints=[0.5], throw=False)
+    found = jax.jit(jax.jacfwd(jax.grad(time)))(1.3)
     exact = jax.grad(jax.grad(lambda a: jnp.sin(2 / a)))(1.3)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
 
@@ -218,9 +233,12 @@ def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakp
     "options",
     [
         pytest.param({}, id="one"),
-        pytest.param({"breakpoints": [0.5]}, id="pieces", marks=WITH_PIECES),
+        pytest.param(
+            {"breakpoints": [0.5]}, id="pieces",
+            marks=[WITH_PIECES, pytest.mark.slow],  # the same message from a longer trace
+        ),
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("twice", [jax.grad, jax.jacfwd])
 def test_a_second_derivative_by_the_adjoint_ode_names_the_method_that_has_it(twice, options):
     time = lambda a: sine_of_the_time(a, "backsolve", **options)
@@ -228,6 +246,7 @@ def test_a_second_derivative_by_the_adjoint_ode_names_the_method_that_has_it(twi
         jax.eval_shape(twice(jax.grad(time)), 1.3)
 
 
+@pytest.mark.slow  # outputs of an event that ends pieces: `test_features.py`
 def test_outputs_after_an_event_at_the_start_repeat_its_state():
     counted = Event(lambda t, y, args: y[0], 0, lambda t, y, args, i: y + jnp.array([0, 1.0]), 2)
     s = jaxode.solve(

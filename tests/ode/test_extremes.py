@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, REVERSE
+from helpers import METHODS, REVERSE, with_slow
 
 import jaxode
 from jaxode import Result
@@ -20,7 +20,10 @@ def decay(t, y, rate):
     return -rate * y
 
 
-@pytest.mark.parametrize("batch", [None, "joint", "per_sample"])
+STEPS = [None, "joint", "per_sample"]
+
+
+@pytest.mark.parametrize("batch", with_slow(STEPS, STEPS[:2]))  # alike
 def test_scales_of_the_state(batch):
     run = functools.partial(jaxode.solve, decay, t0=0.0, t1=1.0, args=1.0, batch=batch, throw=False)
     # With a relative tolerance the scale does not matter; an absolute one hides what is below.
@@ -67,7 +70,11 @@ def test_gradients_at_extreme_scales(name, scale):
 FLOWS = [((), 0, "joint"), ((), 0, "per_sample"), ((2, 3, 4), 1, "per_sample"), ((), 3, "joint")]
 
 
-@pytest.mark.parametrize(("event", "batch", "control"), FLOWS, ids=str)
+@pytest.mark.parametrize(
+    ("event", "batch", "control"),
+    with_slow(FLOWS, [FLOWS[1], FLOWS[3]]),  # another shape is another program
+    ids=str,
+)
 def test_flow_of_any_event_and_batch(control, event, batch):
     z = 1 + jnp.arange(batch * np.prod(event, dtype=int), dtype=float).reshape(batch, *event)
     # A failure is NaN, if there is a number to show it.
@@ -95,8 +102,12 @@ STATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("y0", STATES, ids=str)
-def test_states(y0):
+SHAPES = [number for number in range(len(STATES)) if number not in (0, 4, 6, 8)]
+
+
+@pytest.mark.parametrize("number", with_slow(range(len(STATES)), SHAPES))  # each is a program
+def test_states(number):
+    y0 = STATES[number]
     solution = jaxode.solve(leafwise, y0, 0, 1, ts=[0.5, 1.0])
     y1, of = solution.y1, lambda tree: jax.tree.leaves(tree)
     assert jax.tree.structure(y1) == jax.tree.structure(solution.ys) == jax.tree.structure(y0)
@@ -109,8 +120,9 @@ def test_states(y0):
         np.testing.assert_allclose(np.asarray(saved[0], float), E**0.5, rtol=2 * precision)
 
 
-@pytest.mark.parametrize("shape", [(), (1, 2, 2), (0,), (2, 0)])
-def test_stiff_solvers_take_states_of_any_shape(shape):
+@pytest.mark.parametrize("rank", with_slow([0, 1, 2, 3], [0, 1, 3]))  # each is a program
+def test_stiff_solvers_take_states_of_any_shape(rank):
+    shape = [(), (0,), (2, 0), (1, 2, 2)][rank]
     solver = {"solver": jaxode.Rodas5P(), "rtol": 1e-7, "atol": 1e-7}
     y1 = jaxode.solve(decay, jnp.full(shape, 2.0), 0.0, 1.0, 1.0, **solver).y1
     assert y1.shape == shape
@@ -164,6 +176,7 @@ def test_a_weakly_typed_state_is_solved_in_double_precision():
         np.testing.assert_allclose(solution.y1, 2 * E, rtol=1e-11)
 
 
+@pytest.mark.slow  # steps run out in `test_failures.py`
 def test_as_many_steps_as_needed_are_enough():
     """More than can be counted are no limit."""
     needed = int(jaxode.solve(decay, Y0, 0.0, 1.0, A, **FINE).stats.num_steps)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, gradient
+from helpers import METHODS, gradient, with_slow
 
 import jaxode
 
@@ -48,7 +48,11 @@ MASKED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "way"), MASKED)
+ONLY_HERE = [("discrete", "per_sample"), ("backsolve", "per_sample"), ("discrete", "joint")]
+ELSEWHERE = [case for case in MASKED if case not in ONLY_HERE]
+
+
+@pytest.mark.parametrize(("name", "way"), with_slow(MASKED, ELSEWHERE))  # in `test_features.py`
 def test_failed_rows_that_are_masked_add_nothing_to_any_gradient(name, way):
     loss, inputs = masked(name, way)
     run = jax.jit(gradient(name)(loss))
@@ -112,7 +116,10 @@ RAISING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RAISING)
+LARGER = ["jit(grad) of vmap", "jit(grad) of nll", "jit(jacfwd), forward"]
+
+
+@pytest.mark.parametrize("case", with_slow(RAISING, LARGER))  # report as the others
 def test_failed_solve_raises_where_its_derivative_alone_is_used(case):
     run, differentiate = RAISING[case]
     with pytest.raises(

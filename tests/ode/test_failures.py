@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AT_RUN_TIME, METHODS, REVERSE
+from helpers import AT_RUN_TIME, METHODS, REVERSE, with_slow
 
 import jaxode
 
@@ -108,7 +108,10 @@ COMPILED = [
 ]
 
 
-@pytest.mark.parametrize(("transform", "run", "message"), COMPILED)
+@pytest.mark.parametrize(
+    ("transform", "run", "message"),
+    with_slow(COMPILED, COMPILED[2:4]),  # reported as by the others
+)
 def test_a_failed_solve_raises_when_compiled(transform, run, message):
     y0 = jnp.ones((3, 2)) if transform is not jax.jit else jnp.ones(2)
     with pytest.raises(AT_RUN_TIME, match="SolveError: solve: " + message):
@@ -146,6 +149,7 @@ def test_failed_rows_are_named():
         jaxode.flow(blow_up, z, 0.0, 1.0, batch="per_sample")
 
 
+@pytest.mark.slow  # `tests/flows/test_bad_data.py` has others
 def test_training_loss_of_a_failed_solve():
     """At once when it runs outside jit, and NaN under jit."""
     flow = jaxode.cnf(lambda t, z, p: -p * z**3, jaxode.standard_normal(2), max_steps=5)

@@ -45,16 +45,17 @@ def test_equal_to_forward_mode():
     assert_close(both(jacobian), both(None), 1e-12)
 
 
-def test_order_with_one_that_is_wrong():
-    """Two, of both methods: error control takes more steps."""
+@pytest.mark.slow  # five programs for an order
+@pytest.mark.parametrize("solver", [jaxode.Rodas5P, jaxode.Rosenbrock23])
+def test_order_with_one_that_is_wrong(solver):
+    """Two: error control takes more steps."""
     half = lambda *inputs: jacobian(*inputs) / 2
     y0, rate, rows, t0, t1 = INPUTS
     exact, middle = of_state(*INPUTS, rtol=1e-12, atol=1e-12).y1["b"], (t0 + t1) / 2
-    for solver in (jaxode.Rodas5P, jaxode.Rosenbrock23):
-        go = lambda y, a, b, s=solver(half): of_state(y, rate, rows, a, b, solver=s, steps=80).y1
-        ends = go(y0, t0, t1), go(go(y0, t0, middle), middle, t1)
-        coarse, fine = (jnp.abs(end["b"] - exact).max() for end in ends)
-        assert 1.8 < jnp.log2(coarse / fine) < 2.3
+    go = lambda y, a, b: of_state(y, rate, rows, a, b, solver=solver(half), steps=80).y1
+    ends = go(y0, t0, t1), go(go(y0, t0, middle), middle, t1)
+    coarse, fine = (jnp.abs(end["b"] - exact).max() for end in ends)
+    assert 1.8 < jnp.log2(coarse / fine) < 2.3
     right, wrong = (of_state(*INPUTS, solver=jaxode.Rodas5P(f)) for f in (jacobian, half))
     assert (wrong.stats.num_steps > 2 * right.stats.num_steps).all()
 
@@ -87,6 +88,7 @@ def test_one_that_is_wrong_has_exact_gradients():
     np.testing.assert_allclose(reverse, forward, rtol=1e-11)
 
 
+@pytest.mark.slow  # two programs; a failed row closes over its value, too
 def test_rows_under_vmap():
     """Each closes over a value of its own."""
     ends = lambda given: jax.jit(
@@ -125,14 +127,15 @@ def test_a_failed_row():
 
     @jax.jit
     @jax.grad
-    def gradient(rate):
-        y1 = end(Y.at[1].set(jnp.nan), rate, closing_over(rate), batch="per_sample", throw=False)
+    def gradient(rate, y0):
+        y1 = end(y0, rate, closing_over(rate), batch="per_sample", throw=False)
         return jnp.sum(y1[jnp.array([0, 2])])
 
-    alone = jax.grad(lambda rate: 2 * end(Y[0], rate).sum())(RATES[0])
-    np.testing.assert_allclose(gradient(RATES[0]), alone, rtol=1e-10)
+    lost = gradient(RATES[0], Y.at[1].set(jnp.nan))
+    np.testing.assert_allclose(lost, gradient(RATES[0], Y), rtol=1e-12)
 
 
+@pytest.mark.slow  # compiles what it has exported again
 def test_exported():
     run = jax.jit(lambda y0, rate: end(y0, rate, closing_over(rate), throw=False))
     exported = jax.export.deserialize(jax.export.export(run)(Y[0], RATES[0]).serialize())
@@ -146,13 +149,17 @@ def of_reverse_mode(back):
     return f
 
 
+@pytest.mark.slow  # the gradients of two stiff programs
 def test_a_field_without_forward_mode():
-    f = of_reverse_mode(lambda pull, bar: pull(bar))
     found, expected = (
         jax.jit(jax.value_and_grad(lambda a, f=f: end(Y[0], a, closing_over(a), f).sum()))(RATES[1])
-        for f in (f, decay)
+        for f in (of_reverse_mode(lambda pull, bar: pull(bar)), decay)
     )
     assert_close(found, expected, 1e-12)
+
+
+def test_a_field_without_forward_mode_is_told_what_it_needs():
+    f = of_reverse_mode(lambda pull, bar: pull(bar))
     message = (
         r"^Rodas5P: f needs a forward mode; got TypeError: can't apply .*"
         r"custom_vjp function. Pass its Jacobian, as jaxode.Rodas5P\(jacobian=...\), or use"

@@ -55,6 +55,7 @@ def test_a_change_is_differentiated_only_where_it_happens():
     np.testing.assert_allclose(jax.jit(jax.grad(end))(0.5), slope, rtol=1e-4)
 
 
+@pytest.mark.slow  # rows that fail between doses: `test_features.py`
 def test_a_failure_between_two_jumps_is_the_first():
     """The field explodes after the second jump: NaN by each time, also by later ones."""
     blow = lambda t, y, _: jnp.where(y > 10, y**2, 0.0)

@@ -10,6 +10,7 @@ import pytest
 from jaxode.ode.solvers.linear import MOST_UNROLLED, factorize, solve_factorized
 
 SAMPLES = 7
+solved = jax.jit(lambda a, b: solve_factorized(factorize(a), b))
 
 
 def matrices(n):
@@ -52,14 +53,12 @@ def test_samples_that_cannot_be_solved_spoil_no_other():
     """Rows of few unknowns that fail are in `test_failed_gradients.py`."""
     a = matrices(MOST_UNROLLED + 1)
     a[3], a[4] = np.nan, 0
-    x = solve_factorized(
-        factorize(jnp.asarray(a.transpose(1, 2, 0))), jnp.ones((SAMPLES, len(a[0])))
-    )
+    x = solved(jnp.asarray(a.transpose(1, 2, 0)), jnp.ones((SAMPLES, len(a[0]))))
     np.testing.assert_array_equal(np.isfinite(x).all(axis=1), np.isin(range(SAMPLES), (3, 4)) == 0)
 
 
 def test_the_scale_of_an_equation_does_not_choose_pivots():
     """Without it, the large first row is the pivot, and the second equation is lost in float32."""
     a = jnp.array([[1.0, 1e8], [1.0, 1.0]], jnp.float32)
-    x = solve_factorized(factorize(a[:, :, None]), jnp.array([[1e8, 2.0]], jnp.float32))
+    x = solved(a[:, :, None], jnp.array([[1e8, 2.0]], jnp.float32))
     np.testing.assert_allclose(x, [[1.0, 1.0]], rtol=1e-6)

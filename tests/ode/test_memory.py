@@ -26,6 +26,7 @@ def memory(adjoint, size=SIZE, times=None, compiler_options=None, **options):
     return temporary_bytes(run, jnp.ones(size), options=compiler_options) / (8 * size)
 
 
+@pytest.mark.slow  # optimizes two programs for their memory alone
 def test_checkpoints_not_steps():
     """By default 64, some with stages, what is not kept, and a few states at work."""
     options = {"solver": diffrax.Euler(), "max_steps": 4096, "compiler_options": OPTIMIZED}
@@ -33,10 +34,15 @@ def test_checkpoints_not_steps():
     assert 64 < many < 72 + STAGE_BYTES / (8 * SIZE)
     # Ten times the steps cost their times alone, 8 bytes each, in at most four buffers.
     assert many - few < 4 * 18_000 / SIZE
+
+
+def test_each_checkpoint_is_a_state():
+    """And some have stages, too."""
     of = lambda checkpoints: memory(jaxode.DiscreteAdjoint(checkpoints), max_steps=100)
     assert 16 * 0.9 < of(32) - of(16) < 3 * 16
 
 
+@pytest.mark.slow  # six programs for their memory alone
 def test_the_adjoint_ode_keeps_its_outputs_alone():
     of = lambda *times, **options: memory(jaxode.BacksolveAdjoint(), 10_000, *times, **options)
     assert of(max_steps=100) == of(max_steps=10**6)
@@ -45,6 +51,7 @@ def test_the_adjoint_ode_keeps_its_outputs_alone():
     assert of(100) - of(10) < 3.1 * 90
 
 
+@pytest.mark.slow  # two programs for their memory alone
 def test_steps_of_each_row_cost_their_times():
     """In numbers a row."""
 
@@ -60,6 +67,7 @@ def test_steps_of_each_row_cost_their_times():
     assert of(4096) - of(256) == pytest.approx(4096 - 256, rel=0.01)
 
 
+@pytest.mark.slow  # two programs for their memory alone
 @pytest.mark.parametrize("name", ["discrete", "backsolve"])
 def test_parameter_gradient_is_one_copy_whatever_the_batch(name):
     """1.5 million parameters, batch 1000, per-sample steps."""

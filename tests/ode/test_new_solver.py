@@ -36,9 +36,12 @@ class DiagonallyImplicit(Method):
         matrix, stages = unit[None] - GAMMA * h[:, None, None] * columns.transpose(1, 2, 0), [k]
         for c, start in ((GAMMA, y), (1.0, None))[: count - 1]:
             start = y + h[:, None] * (1 - GAMMA) * k if start is None else start
-            for _ in range(ITERATIONS):
-                rest = field(t + c * h, start + GAMMA * h[:, None] * k) - k
-                k = k + jnp.linalg.solve(matrix, rest[..., None])[..., 0]
+
+            def improved(_, k, t=t + c * h, start=start):
+                rest = field(t, start + GAMMA * h[:, None] * k) - k
+                return k + jnp.linalg.solve(matrix, rest[..., None])[..., 0]
+
+            k = jax.lax.fori_loop(0, ITERATIONS, improved, k)
             stages.append(k)
         return jnp.stack(stages)
 
@@ -72,10 +75,11 @@ def loss(inputs, solver, **options):
 INPUTS = Y0, jnp.asarray(0.5), jnp.array([0.1, 0.3]), jnp.asarray(1.0)
 
 
+@pytest.mark.slow  # of the method, not of jaxode
 def test_it_converges_with_its_order():
     ends = INPUTS[0], INPUTS[1], INPUTS[1][None], INPUTS[3]  # an output inside has order one
     exact = loss(ends, jaxode.Rodas5P(), rtol=1e-10, atol=1e-10)
-    errors = [abs(loss(ends, SDIRK2(), steps=steps) - exact) for steps in (40, 80, 160)]
+    errors = [abs(loss(ends, SDIRK2(), steps=steps) - exact) for steps in (40, 80)]
     np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 2, atol=0.3)
 
 
@@ -88,6 +92,7 @@ def test_its_gradient_is_exact():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow  # of the method, not of jaxode
 def test_stability_is_that_of_the_method():
     """A rate of 1e6 takes no more steps than one of 1e3."""
 
@@ -100,6 +105,7 @@ def test_stability_is_that_of_the_method():
     assert steps(1e6) <= 1.5 * steps(1e3)
 
 
+@pytest.mark.slow  # `test_features.py` has them for each family that jaxode has
 def test_it_takes_events_breakpoints_and_doses():
     options = {"solver": SDIRK2(), "rtol": 1e-6, "atol": 1e-6}
     jumps = jaxode.Jumps([0.5], lambda t, y, rate, i: y + 1)
@@ -115,9 +121,6 @@ def test_it_takes_events_breakpoints_and_doses():
     closed = lambda rate: 0.5 + jnp.log((jnp.exp(-0.25 * rate) + 1) / 0.9) / rate
     # The level is passed once before the dose.
     closed_first = lambda rate: 0.25 + jnp.log(1 / 0.9) / rate
-    np.testing.assert_allclose(
-        jax.value_and_grad(end)(0.2), jax.value_and_grad(closed)(0.2), rtol=1e-4
-    )
-    np.testing.assert_allclose(
-        jax.value_and_grad(end)(2.0), jax.value_and_grad(closed_first)(2.0), rtol=1e-4
-    )
+    found = jax.jit(jax.value_and_grad(end))
+    np.testing.assert_allclose(found(0.2), jax.value_and_grad(closed)(0.2), rtol=1e-4)
+    np.testing.assert_allclose(found(2.0), jax.value_and_grad(closed_first)(2.0), rtol=1e-4)

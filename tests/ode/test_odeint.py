@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, with_slow
 from jax.experimental import ode
 
 import jaxode
@@ -38,7 +38,7 @@ FIELDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", with_slow(FIELDS, list(FIELDS)[1:]))  # two programs each
 def test_values_and_gradients_agree_with_the_original(name):
     func, y0, t, args = FIELDS[name]
 
@@ -87,7 +87,7 @@ TURN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TURN)
+@pytest.mark.parametrize("name", with_slow(TURN, list(TURN)[:2]))  # two programs each
 def test_structures_that_the_original_takes(name, default_settings):
     """In single precision, as most of its users have it."""
     func, y0 = TURN[name]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import with_slow
 
 import jaxode
 
@@ -82,7 +83,7 @@ PROGRAMS = {
 INPUTS = (jnp.eye(2), jnp.ones(2), jnp.array([0.5, 1.0]))
 
 
-@pytest.mark.parametrize("case", PROGRAMS)
+@pytest.mark.parametrize("case", with_slow(PROGRAMS, ["in a branch", "nll"]))  # as the others
 def test_products_in_rules_of_differentiation_run_at_full_precision(case):
     program = jax.jit(PROGRAMS[case]).lower(*INPUTS).as_text()
     products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, REVERSE
+from helpers import METHODS, REVERSE, with_slow
 
 import jaxode
 
@@ -42,6 +42,7 @@ def test_padding_changes_neither_results_nor_work():
     np.testing.assert_array_equal(a.stats.num_evals, b.stats.num_evals)
 
 
+@pytest.mark.slow  # as under vmap in `test_features.py`
 def test_a_row_is_a_single_solve_and_flow_returns_its_end():
     """To rounding, with as many evaluations."""
     s = solve(TS)
@@ -55,6 +56,7 @@ def test_a_row_is_a_single_solve_and_flow_returns_its_end():
     np.testing.assert_array_equal(jaxode.flow(field, Y0, T0, T1, ARGS, **options), s.y1)
 
 
+@pytest.mark.slow  # compiles random numbers
 def test_keys_of_random_numbers():
     """A random field for each row; one that fails is left out of the gradient."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -76,7 +78,7 @@ def test_keys_of_random_numbers():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", REVERSE)
+@pytest.mark.parametrize("name", with_slow(REVERSE, ["backsolve"]))  # as below
 def test_a_padding_row_at_a_singular_time_adds_nothing(name):
     """It has an empty span, where the field is infinite, and nothing depends on it."""
 

@@ -8,13 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIMIZED
+from helpers import OPTIMIZED, with_slow
 from problems import ALL_ADAPTIVE, ALL_SOLVERS, PROBLEMS, SOLVERS, solver_name
 
 import jaxode
 
+# A solver of each kind, of which the others are tableaux.
+OF_A_KIND = diffrax.Euler, diffrax.Tsit5, jaxode.Rodas5P, jaxode.Rosenbrock23
 
-@pytest.mark.parametrize(("solver", "order", "adaptive"), ALL_SOLVERS, ids=solver_name)
+
+def but(rows, kinds=OF_A_KIND):
+    """Solvers, or rows that begin with one, that are of none of the kinds."""
+    first = lambda row: row[0] if isinstance(row, tuple) else row
+    return [row for row in rows if not isinstance(first(row), kinds)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "adaptive"),
+    with_slow(ALL_SOLVERS, but(ALL_SOLVERS, (*OF_A_KIND, diffrax.Dopri8))),  # other tableaux
+    ids=solver_name,
+)
 def test_convergence_order(solver, order, adaptive):
     """The error of N equal steps falls like `N ** -order`."""
     del adaptive
@@ -50,7 +63,11 @@ OF_EACH_KIND = [solver for solver in ALL_ADAPTIVE if type(solver) not in KNOWN]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-@pytest.mark.parametrize("solver", OF_EACH_KIND, ids=solver_name)
+@pytest.mark.parametrize(
+    "solver",
+    with_slow(OF_EACH_KIND, but(OF_EACH_KIND)),  # other tableaux
+    ids=solver_name,
+)
 def test_exact_solution_at_tolerance(solver, problem):
     """Forwards and back again, with outputs on the way and at both ends."""
     tolerance, n = 1e-6 if solver.order(None) < 4 else 1e-9, len(problem.y0)
@@ -73,7 +90,11 @@ def test_exact_solution_at_tolerance(solver, problem):
 STEPPED = [solver for solver, *_ in SOLVERS if type(solver) not in KNOWN]
 
 
-@pytest.mark.parametrize("solver", STEPPED, ids=solver_name)
+@pytest.mark.parametrize(
+    "solver",
+    with_slow(STEPPED, but(STEPPED, (diffrax.Tsit5, diffrax.Dopri8))),  # other tableaux
+    ids=solver_name,
+)
 def test_same_steps_as_diffrax_give_the_same_numbers(solver):
     """On an equal mesh both compute the same discrete solution, dense output included."""
     f = lambda t, y, args: jnp.stack([y[1], -jnp.sin(y[0]) * (1 + t)])
@@ -111,7 +132,7 @@ WORK = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("solver", "options"), WORK, ids=solver_name)
+@pytest.mark.parametrize(("solver", "options"), with_slow(WORK, WORK[2:]), ids=solver_name)  # alike
 def test_num_evals_is_the_true_number(solver, options):
     calls = []
 
@@ -129,7 +150,11 @@ def test_num_evals_is_the_true_number(solver, options):
         assert stats.num_accepted > 3
 
 
-@pytest.mark.parametrize(("steps", "dtype"), [(10, jnp.float64), (49, jnp.float32)])
+ENDS = [(10, jnp.float64), (49, jnp.float32)]
+
+
+@pytest.mark.slow  # with the optimizations of XLA
+@pytest.mark.parametrize(("steps", "dtype"), ENDS)
 def test_equal_steps_end_exactly_when_compiled(steps, dtype):
     """Also where XLA's fused multiply-add rounds the end time differently."""
     ts = jnp.array([1.0, 0.25, 0.0], dtype)
@@ -154,6 +179,7 @@ def test_an_orbit_of_eccentricity_one_half_closes():
     np.testing.assert_allclose(moved, field(0.0, y0, None), atol=1e-8)
 
 
+@pytest.mark.slow  # as equation 5 in `test_theory.py`
 def test_flow_composes_and_inverts():
     """`F^{s,t}` composed from `F^{s,r}` and `F^{r,t}`; `F^{t,s}` undoes `F^{s,t}`."""
     f = lambda t, y, a: jnp.stack([y[1], -a * jnp.sin(y[0])])
@@ -198,6 +224,7 @@ def test_relative_tolerance_alone_with_a_component_that_stays_zero():
     np.testing.assert_allclose(y1, [np.exp(-1), 0.0], rtol=1e-4)
 
 
+@pytest.mark.slow  # a program in a program
 def test_a_field_that_solves_has_a_gradient():
     inner = lambda t, y, a: -a * y
     outer = lambda t, y, a: -jaxode.solve(inner, y, 0.0, 1.0, a, throw=False).y1
@@ -208,6 +235,7 @@ def test_a_field_that_solves_has_a_gradient():
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow  # as a number of JAX
 def test_gradient_by_a_python_number_inside_of_jit():
     end = lambda a: jaxode.solve(lambda t, y, a: -a * y, jnp.ones(2), 0.0, 1.0, a).y1.sum()
     gradient = jax.jit(lambda: jax.grad(end)(1.0))()

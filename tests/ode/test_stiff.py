@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from helpers import with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from problems import ROSENBROCK, STIFF, linear_gradients, robertson, solver_name
@@ -28,7 +29,7 @@ def of_few(t, y, number):
     return jax.lax.switch(number, branches, t, y)
 
 
-@pytest.mark.parametrize("problem", STIFF, ids=str)
+@pytest.mark.parametrize("problem", with_slow(STIFF, STIFF[-1:]), ids=str)  # a large matrix
 def test_error_of_reference_problems(problem):
     n, f, y0, args = len(problem.y0), problem.f, problem.y0, problem.args
     if n <= FEW:
@@ -109,14 +110,18 @@ X = {
 GRADIENTS = [(SOLVERS[0], "per_sample", 1e-9, 1e-5), (SOLVERS[1], "joint", 1e-6, 1e-3)]
 
 
-@pytest.mark.parametrize(("solver", "batch", "fine", "error"), GRADIENTS, ids=solver_name)
+@pytest.mark.parametrize(
+    ("solver", "batch", "fine", "error"),
+    with_slow(GRADIENTS, GRADIENTS[1:]),  # two programs, of the same steps with other numbers
+    ids=solver_name,
+)
 def test_gradients_by_everything(solver, batch, fine, error):
     """In closed form; and on a coarse mesh, with a replay of most steps, as in forward mode."""
     of = lambda adjoint: (
         lambda x, tolerance: of_path(x, tolerance, solver=solver, batch=batch, adjoint=adjoint)
     )
     reverse = jax.jit(jax.grad(of(jaxode.DiscreteAdjoint(4))))
-    found, exact = reverse(X, fine), jax.grad(of_path)(X)
+    found, exact = reverse(X, fine), jax.jit(jax.grad(of_path))(X)
     for name in X.keys() - {"move"}:
         np.testing.assert_allclose(found[name], exact[name], rtol=error, atol=error)
     along = jax.tree.map(lambda x: jnp.cos(jnp.arange(1.0, 1 + x.size)).reshape(x.shape), X)
@@ -150,7 +155,7 @@ OVER_DEVICES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", OVER_DEVICES)
+@pytest.mark.parametrize("case", with_slow(OVER_DEVICES, list(OVER_DEVICES)[1:]))  # as rows
 def test_many_unknowns_over_devices(case):
     """Rows that are split, with parameters that all share: the end, and its gradients."""
     given = {"solver": RODAS, "rtol": 1e-8, "atol": 1e-8, "throw": False, **OVER_DEVICES[case]}
@@ -190,7 +195,7 @@ def test_jacobian_that_is_not_finite_where_the_field_is():
     np.testing.assert_array_equal(still.y1, 0.0)
 
 
-@pytest.mark.parametrize("n", [2, 9])
+@pytest.mark.parametrize("n", with_slow([2, 9], [9]))  # `test_linear.py` has large ones
 def test_a_singular_matrix_is_not_a_jacobian_that_is_not_finite(n):
     """With one step of size one, `I / gamma - J` is zero. Steps of another size succeed."""
     gamma = RODAS.method.gamma

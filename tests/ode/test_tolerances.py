@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AT_RUN_TIME, METHODS, REVERSE, assert_close
+from helpers import AT_RUN_TIME, METHODS, REVERSE, assert_close, with_slow
 from problems import STIFF
 
 import jaxode
@@ -48,7 +48,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", with_slow(CASES, ["joint steps"]))  # which `test_vmap` has
 def test_scaled_units_take_the_same_steps(case):
     options = {"t0": 0.0, "t1": 2.0, "args": 3.0, "ts": TS} | CASES[case]
     plain = jaxode.solve(field, Y0, atol=ATOL, **options)
@@ -68,6 +68,7 @@ def end(y0, rate, in_new_units, **options):
     return of_units((s.y1, s.ys), inverse=True) if in_new_units else (s.y1, s.ys)
 
 
+@pytest.mark.slow  # of the same steps, or of a tolerance that is tested above
 @pytest.mark.parametrize("name", REVERSE)
 def test_gradients(name):
     """A solve of its own back keeps to the smallest tolerance."""
@@ -82,6 +83,7 @@ def test_gradients(name):
     assert_close(found, expected, 1e-10 if METHODS[name].exact else 1e-4)
 
 
+@pytest.mark.slow  # rows have the same
 def test_vmap():
     """Over tolerances of each number, and over batches."""
     run = lambda atol, y0: end(y0, RATE, True, atol=atol, batch="joint", ts=None)[0]
@@ -96,6 +98,7 @@ def test_an_empty_state():
     assert found.y1.shape == (0,)
 
 
+@pytest.mark.slow  # a number of steps of a stiff problem
 def test_a_species_that_is_never_large():
     """Robertson's second, of 1e-5: the tolerance of the others would leave it alone."""
     problem = STIFF[0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import only_rows_of_one_solve
+from helpers import only_rows_of_one_solve, with_slow
 
 import jaxode
 from jaxode.ode.adjoints import vmap
@@ -70,7 +70,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ALIKE = ["chains", "joint steps", "the adjoint ODE"]
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, ALIKE))  # three large programs each
 def test_as_rows_of_one_solve(name, monkeypatch):
     """The gradient of each, and that of their sum."""
     f = CASES[name]
@@ -147,12 +150,17 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+LARGE = ["nested chains and their gradients", "the gradient of several scans", "stored pullbacks"]
+LARGE += ["the hessian of a sum", "the settings, and a gradient", "a branch", "a scan of several"]
+
+
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, LARGE))  # the others have the same rules
 def test_programs_do_the_same_one_by_one(name):
     """Each as one program: without the small ones of an array, which are compiled twice here."""
     check(*(jax.jit(lambda over=over: PROGRAMS[name](over))() for over in (jax.vmap, mapped)))
 
 
+@pytest.mark.slow  # a path that runs plain JAX
 def test_a_stiff_joint_batch_keeps_a_jacobian_of_each_sample(monkeypatch):
     stiff = {"solver": jaxode.Rodas5P(), "batch": "joint", **OPTIONS}
     rows = lambda y0: jaxode.solve(field, y0, 0.0, 1.0, A[0], **stiff).y1
@@ -173,6 +181,7 @@ def test_busy_solves_run_one_after_the_other(monkeypatch):
     assert called
 
 
+@pytest.mark.slow  # empty batches
 def test_nothing_to_solve():
     none = jnp.zeros((0, 2))
     assert jax.vmap(with_gradient(lambda y0: end(y0, A[0])))(none)[1].shape == (0, 2)

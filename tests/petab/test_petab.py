@@ -4,7 +4,9 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import libsbml
@@ -14,7 +16,10 @@ from scipy.integrate import solve_ivp
 from scipy.stats import laplace, norm
 
 import jaxode
+from jaxode.petab.field import ModelField
 from jaxode.petab.formulas import Names, evaluate, parsed
+from jaxode.petab.model import read_model
+from jaxode.petab.observables import Observable, placeholders_of
 
 # Two species in a compartment of size 2, of which A is fed until t = 3. B is an amount.
 REACTIONS = {
@@ -71,7 +76,36 @@ problems:
 """
 
 
-def model() -> str:
+# Of the same model, from its own start, without pre-equilibration and without a switch: solves by
+# an explicit method compile in a second. There are two measurements at one time, and priors of each
+# kind.
+SMALL = {
+    "parameters.tsv": """
+parameterId parameterScale lowerBound upperBound nominalValue estimate objectivePriorType \
+objectivePriorParameters initializationPriorType initializationPriorParameters
+k     log10 0.01  100 0.8 1 parameterScaleNormal 0.1;0.2  normal                0.8;0.01
+slow  lin   0     10  0.3 1 -                    -        parameterScaleUniform 0.2;0.4
+scale log   0.1   10  1.5 1 normal               1.4;0.1  uniform               1;2
+noise log10 0.001 10  0.2 0 -                    -        -                     -
+""",
+    "conditions.tsv": "conditionId\nalone",
+    "observables.tsv": """
+observableId observableFormula noiseFormula observableTransformation noiseDistribution
+amount scale*B noise log10 normal
+""",
+    "measurements.tsv": """
+observableId simulationConditionId measurement time
+amount alone 1.7 0.5
+amount alone 1.4 1
+amount alone 2.0 1
+amount alone 1.1 2
+amount alone 0.4 4
+""",
+}
+SMALL = {name: text.replace("\\\n", "") for name, text in SMALL.items()}
+
+
+def model(reactions: Mapping[str, tuple[Any, Any, str]] = REACTIONS) -> str:
     """The model in SBML."""
     document = libsbml.SBMLDocument(3, 1)
     made = document.createModel()
@@ -99,7 +133,7 @@ def model() -> str:
         parameter.setId(name)
         parameter.setConstant(True)
         parameter.setValue(value)
-    for name, (reactant, product, law) in REACTIONS.items():
+    for name, (reactant, product, law) in reactions.items():
         reaction = made.createReaction()
         reaction.setId(name)
         reaction.setReversible(False)
@@ -118,10 +152,11 @@ def model() -> str:
     return libsbml.writeSBMLToString(document)
 
 
-def written(folder: Path, change: Mapping[str, tuple[str, str]] = {}) -> Path:
+def written(folder: Path, change: Mapping[str, tuple[str, str]] = {}, tables=FILES) -> Path:
     """A problem in `folder`, with one text for another in some of its files."""
-    files = {"problem.yaml": YAML, "model.xml": model()}
-    for name, text in FILES.items():
+    fed = {name: each for name, each in REACTIONS.items() if tables is FILES or name != "feed"}
+    files = {"problem.yaml": YAML, "model.xml": model(fed)}
+    for name, text in tables.items():
         lines = ["\t".join(line.split()) for line in text.strip().splitlines()]
         files[name] = "\n".join(re.sub("(?<!\\S)-(?!\\S)", "", line) for line in lines)
     for name, text in files.items():
@@ -138,8 +173,19 @@ def problem(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def nll_and_gradient(problem):
-    return jax.jit(jax.value_and_grad(problem.nll))
+def small(tmp_path_factory):
+    path = written(tmp_path_factory.mktemp("petab"), tables=SMALL)
+    table = path.parent / "parameters.tsv"
+    # As a spreadsheet writes it, with a mark at the beginning and spaces around the words.
+    head, *lines = table.read_text().splitlines()
+    lines = [line.replace("\t", " \t ") for line in lines]
+    table.write_text("\ufeff" + "\n".join([head, *lines]), encoding="utf-8")
+    return jaxode.petab.load(path, solver=diffrax.Tsit5())
+
+
+@pytest.fixture(scope="module")
+def small_nll_and_gradient(small):
+    return jax.jit(jax.value_and_grad(small.nll))
 
 
 def states(p: dict[str, float], start: list[float], dose: float, until: float, t: float):
@@ -156,10 +202,15 @@ def states(p: dict[str, float], start: list[float], dose: float, until: float, t
     return y
 
 
+def starts_by_hand(p: dict[str, float]) -> dict[str, tuple[list[float], float]]:
+    """The state of each row at time 0, and its dose."""
+    settled = [0.5 / p["k"], 0.5 / p["slow"]]
+    return {"low": (settled, 1.0), "high": ([3.0, settled[1]], 2.0), "alone": ([3.0, 6.0], 2.0)}
+
+
 def by_hand(p: dict[str, float]) -> float:
     """Minus the log-likelihood."""
-    settled = [0.5 / p["k"], 0.5 / p["slow"]]
-    rows = {"low": (settled, 1.0), "high": ([3.0, settled[1]], 2.0), "alone": ([3.0, 6.0], 2.0)}
+    rows = starts_by_hand(p)
     amounts = [
         ("low", 2.0, 0, p["scale"]), ("low", 4.0, 2, p["scale"]), ("low", 4.5, 2, 2.0),
         ("high", 7.0, 4, p["scale"]),
@@ -182,30 +233,51 @@ def by_hand(p: dict[str, float]) -> float:
 NOMINAL = {"k": 0.8, "slow": 0.3, "scale": 1.5, "noise": 0.2}
 
 
-def test_the_likelihood_is_that_of_scipy(problem, nll_and_gradient):
+def test_the_likelihood_is_that_of_scipy(problem):
     assert problem.names == list(NOMINAL)
     # Of eight measurements, with solves at a relative tolerance of 1e-8.
-    np.testing.assert_allclose(nll_and_gradient(problem.nominal)[0], by_hand(NOMINAL), rtol=1e-6)
+    np.testing.assert_allclose(problem.nll(problem.nominal), by_hand(NOMINAL), rtol=1e-6)
     moved = problem.nominal | {"k": jnp.asarray(0.1), "scale": jnp.asarray(-0.2)}
     linear = NOMINAL | {"k": 10**0.1, "scale": np.exp(-0.2)}
-    np.testing.assert_allclose(nll_and_gradient(moved)[0], by_hand(linear), rtol=1e-6)
+    np.testing.assert_allclose(problem.nll(moved), by_hand(linear), rtol=1e-6)
 
 
-def test_its_gradient_is_that_of_finite_differences(problem, nll_and_gradient):
-    gradient = nll_and_gradient(problem.nominal)[1]
-    for name in problem.names:
+def compare_with_finite_differences(of, nll_and_gradient):
+    gradient = nll_and_gradient(of.nominal)[1]
+    for name in of.names:
         up, down = (
-            nll_and_gradient(problem.nominal | {name: problem.nominal[name] + step})[0]
+            nll_and_gradient(of.nominal | {name: of.nominal[name] + step})[0]
             for step in (1e-4, -1e-4)
         )
         # The solves of both differ by some 1e-7, which 2e-4 divides.
         np.testing.assert_allclose(gradient[name], (up - down) / 2e-4, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow  # compiles the gradient of two implicit solves, 20 seconds
+def test_its_gradient_is_that_of_finite_differences(problem):
+    compare_with_finite_differences(problem, jax.jit(jax.value_and_grad(problem.nll)))
+
+
+def test_a_small_likelihood_is_that_of_scipy_and_has_its_gradient(small, small_nll_and_gradient):
+    nll = 0.0
+    for line in SMALL["measurements.tsv"].strip().splitlines()[1:]:
+        measured, t = map(float, line.split()[2:])
+        b = states(NOMINAL, [0.5, 1.0], 0.0, 0.0, t)[1]
+        nll -= norm.logpdf(np.log10(measured), np.log10(1.5 * b), 0.2)
+        nll += np.log(measured * np.log(10))
+    # Of five measurements, with solves at a relative tolerance of 1e-8.
+    np.testing.assert_allclose(small_nll_and_gradient(small.nominal)[0], nll, rtol=1e-6)
+    compare_with_finite_differences(small, small_nll_and_gradient)
+
+
 EVENT = (
     '<listOfEvents><event id="pulse" useValuesFromTriggerTime="true"><trigger initialValue="true" '
     'persistent="true"><math xmlns="http://www.w3.org/1998/Math/MathML"><true/></math></trigger>'
     "</event></listOfEvents></model>"
+)
+SINE = (
+    '<apply> <sin/> <csymbol encoding="text" '
+    'definitionURL="http://www.sbml.org/sbml/symbols/time"> t </csymbol> </apply>'
 )
 BAD = {
     "a missing table": (
@@ -236,6 +308,8 @@ BAD = {
     "a bound of a logarithm": ("parameters.tsv", "0.01\t", "-1\t", "logarithms; got '-1' and"),
     "no value": ("parameters.tsv", "2.0\t0", "\t0", "not estimated; got none for 'high'"),
     "an estimated switch": ("conditions.tsv", "1e9", "k", "known times; got switches at times th"),
+    "periodic switches": ("model.xml", "<ci> until </ci>", SINE, "got one of a power of time"),
+    "two problems": ("problem.yaml", "problems:", "problems:\n- {}", "'?1'? and 2 problems"),
 }  # fmt: skip
 
 
@@ -269,28 +343,50 @@ def test_other_wrong_arguments(problem, tmp_path):
         problem.starts(jax.random.key(0), 0)
 
 
+def test_a_condition_starts_at_the_steady_state_of_another(tmp_path):
+    """Where it does not set a state itself. With derivatives in forward mode, by a solver that
+    compiles faster: the end is the same."""
+    problem = jaxode.petab.load(written(tmp_path), solver=jaxode.Rosenbrock23(), rtol=1e-6)
+    start, moves = jax.jit(lambda p: (problem.y0(p), jax.jacfwd(problem.y0)(p)))(problem.nominal)
+    rows = starts_by_hand(NOMINAL).values()
+    # At a steady state, no error of the steps is left.
+    np.testing.assert_allclose(start, [y for y, _ in rows], rtol=1e-6)
+    by_k, by_slow = np.zeros((2, 3, 2))
+    by_k[0, 0] = -0.5 / NOMINAL["k"] * np.log(10)  # by its logarithm to base 10
+    by_slow[:2, 1] = -0.5 / NOMINAL["slow"] ** 2
+    for name, expected in {"k": by_k, "slow": by_slow, "scale": 0 * by_k}.items():
+        np.testing.assert_allclose(moves[name], expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
 def test_the_parts_of_an_estimate_have_the_same_likelihood(problem):
-    """The field, the start and the channels of observations, as `estimate` gets them."""
+    """The field and the channels of observations, as `estimate` gets them, of exact states."""
     channels, ts, params = problem._channels, problem._measurements.ts, problem.nominal
-    ys = jaxode.solve(
-        problem.f, problem.y0(params), 0.0, ts[:, -1], params, row_args=problem.row_args, ts=ts,
-        batch="per_sample", solver=jaxode.Rodas5P(), rtol=1e-8, atol=1e-10,
-        adjoint=jaxode.ForwardMode(),
-    ).ys  # fmt: skip
-    of_time = jax.vmap(
-        lambda t, y, row: channels.observe_with_noise(t, y, (params, row)), (0, 0, None)
-    )
-    predicted = jax.vmap(of_time)(jnp.asarray(ts), ys, problem.row_args)
-    observed = jnp.stack([channels.ys, channels.ys], axis=-1)
-    of_each = channels.log_density(predicted, observed, params)
-    # The field of this solve has no breakpoints at which its steps end.
-    np.testing.assert_allclose(channels.shift - jnp.nansum(of_each), by_hand(NOMINAL), rtol=1e-5)
+    rows = starts_by_hand(NOMINAL).values()
+    ys = [[states(NOMINAL, *row, 3.0, t) for t in each] for row, each in zip(rows, ts, strict=True)]
+
+    def parts(ts, ys, params):
+        field = lambda y, row: problem.f(jnp.asarray(1.0), y, (params, row))
+        of_time = jax.vmap(
+            lambda t, y, row: channels.observe_with_noise(t, y, (params, row)), (0, 0, None)
+        )
+        predicted = jax.vmap(of_time)(ts, ys, problem.row_args)
+        observed = jnp.stack([channels.ys, channels.ys], axis=-1)
+        of_each = channels.log_density(predicted, observed, params)
+        return jax.vmap(field)(ys[:, 0], problem.row_args), jnp.nansum(of_each)
+
+    slopes, log_density = jax.jit(parts)(jnp.asarray(ts), jnp.asarray(ys), params)
+    for slope, y, (_, dose) in zip(slopes, ys, rows, strict=True):
+        a, b = y[0]
+        expected = [dose - 0.8 * a, 2 * 0.8 * a - 2 * 0.3 * b]
+        np.testing.assert_allclose(slope, expected, rtol=1e-12)
+    # The states have a relative error of 1e-10.
+    np.testing.assert_allclose(channels.shift - log_density, by_hand(NOMINAL), rtol=1e-6)
 
 
 NORMAL = {"observables.tsv": ("+0.1*A\tlin\tlaplace", "\tlin\tnormal")}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # compiles a search with implicit solves, 20 seconds
 def test_an_estimate_is_likelier_than_its_start(tmp_path):
     problem = jaxode.petab.load(written(tmp_path, NORMAL), solver=jaxode.Rosenbrock23())
     starts = {name: value[None] for name, value in problem.nominal.items()}
@@ -300,6 +396,50 @@ def test_an_estimate_is_likelier_than_its_start(tmp_path):
     assert found.nll < problem.nll(problem.nominal) - 0.1
     # Solves of the estimate have a tolerance of 1e-5.
     np.testing.assert_allclose(found.nll, problem.nll(found.params), rtol=1e-3)
+
+
+def test_an_estimate_has_the_largest_product_of_likelihood_and_priors(
+    small, small_nll_and_gradient
+):
+    starts = {name: value[None] for name, value in small.nominal.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # five measurements
+        estimate = small.estimate(starts, rtol=1e-8)
+    nll, gradient = small_nll_and_gradient(estimate.params)
+    np.testing.assert_allclose(estimate.nll, nll, rtol=1e-6)
+    of_priors = lambda p: sum(0.5 * residual**2 for residual in small.prior(p).values())
+    for name, slope in jax.grad(of_priors)(estimate.params).items():
+        # The search ends where the cost changes by some 1e-8 of itself.
+        np.testing.assert_allclose(gradient[name] + slope, 0.0, atol=1e-2, err_msg=name)
+    assert not np.isclose(gradient["k"], 0.0, atol=0.1)
+
+
+def test_priors_are_normal_on_their_scales(small):
+    params = {"k": jnp.asarray(-0.3), "slow": jnp.asarray(0.3), "scale": jnp.asarray(0.5)}
+    residuals = small.prior(params)
+    assert set(residuals) == {"k", "scale"}
+    np.testing.assert_allclose(residuals["k"], (-0.3 - 0.1) / 0.2, rtol=1e-12)
+    np.testing.assert_allclose(residuals["scale"], (np.exp(0.5) - 1.4) / 0.1, rtol=1e-12)
+
+
+def test_starts_are_drawn_by_the_priors_of_initialization(small):
+    starts = {name: np.asarray(each) for name, each in small.starts(jax.random.key(0), 400).items()}
+    k, scale = 10 ** starts["k"], np.exp(starts["scale"])
+    # Five standard errors of 400 draws.
+    assert abs(k.mean() - 0.8) < 5 * 0.01 / 20
+    assert abs(k.std() / 0.01 - 1) < 5 / 800**0.5
+    for drawn, low, high in ((starts["slow"], 0.2, 0.4), (scale, 1.0, 2.0)):
+        assert low <= drawn.min() < drawn.max() <= high
+        assert abs((drawn.mean() - low) / (high - low) - 0.5) < 5 * 12**-0.5 / 20
+
+
+def test_nominal_values_and_bounds_are_on_the_scales_of_the_table(problem):
+    expected = {"k": np.log10(0.8), "slow": 0.3, "scale": np.log(1.5), "noise": np.log10(0.2)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(problem.nominal[name], value, rtol=1e-12)
+    low, high = problem.bounds
+    assert (float(low["slow"]), float(high["slow"])) == (0.0, 10.0)
+    np.testing.assert_allclose((low["noise"], high["noise"]), (-3.0, 1.0), rtol=1e-12)
 
 
 def test_starts_are_within_bounds_and_drawn_by_the_table(problem):
@@ -313,6 +453,7 @@ def test_starts_are_within_bounds_and_drawn_by_the_table(problem):
 
 FORMULAS = {
     "a ** 2 / (1 + a^-1)": 8 / 3, "piecewise(1, a > 3, 2, a >= 2, 3)": 2.0, "-a": -2.0,
+    "piecewise(1, a > 1, 2, a >= 2, 3)": 1.0, "piecewise(1, a > 3, 2, a > 4, 3)": 3.0,
     "log10(10 * a / 2)": 1.0, "log(exp(a)) + ln(1)": 2.0, "log(4, 16)": 2.0,
     "sqrt(a + 2) + root(3, 8)": 4.0, "min(a, b, 1) - max(b, 0)": -4.0,
     "abs(-a) * pow(a, 3) + time": 23.0, "piecewise(1, a == 2 && !(b < 1), 0)": 1.0,
@@ -334,6 +475,79 @@ def test_formulas():
     for text, value in FORMULAS.items():
         names = Names({"b": parsed("a + 3")}, {"a": 2.0}.__getitem__, time=7.0)
         np.testing.assert_allclose(evaluate(parsed(text), names), value, rtol=1e-14, err_msg=text)
+
+
+# Amounts and concentrations in a compartment of size 2, with a rate rule and an assignment rule.
+# The laws of the first reaction and the last have one form, and the one between them another.
+KINDS = """<?xml version="1.0" encoding="UTF-8"?>
+<sbml xmlns="http://www.sbml.org/sbml/level3/version1/core" level="3" version="1"><model>
+<listOfCompartments><compartment id="cell" size="2" constant="true"/></listOfCompartments>
+<listOfSpecies>
+<species id="S" initialConcentration="3" hasOnlySubstanceUnits="true" FREE/>
+<species id="U" initialAmount="4" hasOnlySubstanceUnits="false" FREE/>
+<species id="held" initialConcentration="5" hasOnlySubstanceUnits="false" FREE/>
+</listOfSpecies>
+<listOfParameters>
+<parameter id="p" value="0.5" constant="true"/>
+<parameter id="q" value="7" constant="false"/><parameter id="r" constant="false"/>
+</listOfParameters>
+<listOfRules>
+<rateRule variable="q">MATH<apply><minus/><apply><times/><ci>p</ci><ci>q</ci></apply></apply></math>
+</rateRule>
+<assignmentRule variable="r">MATH<apply><plus/><ci>p</ci><ci>q</ci></apply></math></assignmentRule>
+</listOfRules>
+<listOfReactions>
+<reaction id="bind" SIMPLE><listOfReactants>2 S</listOfReactants>
+<listOfProducts>1 U</listOfProducts>
+<kineticLaw>MATH<apply><times/><ci>r</ci><ci>S</ci></apply></math></kineticLaw></reaction>
+<reaction id="part" SIMPLE><listOfReactants>1 U 1 held</listOfReactants>
+<kineticLaw>MATH<apply><power/><ci>U</ci><cn>2</cn></apply></math></kineticLaw></reaction>
+<reaction id="leave" SIMPLE><listOfReactants>1 S</listOfReactants>
+<kineticLaw>MATH<apply><times/><ci>p</ci><ci>S</ci></apply></math></kineticLaw></reaction>
+</listOfReactions></model></sbml>"""
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    text = KINDS.replace("MATH", '<math xmlns="http://www.w3.org/1998/Math/MathML">')
+    text = text.replace("FREE", 'compartment="cell" boundaryCondition="HELD" constant="false"')
+    text = text.replace("HELD", "false", 2).replace("HELD", "true")
+    text = text.replace("SIMPLE", 'reversible="false" fast="false"')
+    text = re.sub(
+        r"\b(\d) (S|U|held)\b",
+        r'<speciesReference species="\2" stoichiometry="\1" constant="true"/>',
+        text,
+    )
+    path = tmp_path_factory.mktemp("sbml") / "kinds.xml"
+    path.write_text(text)
+    return read_model(path)
+
+
+def test_amounts_concentrations_and_rules_of_a_model(kinds):
+    assert kinds.states == ("S", "U", "q")
+    np.testing.assert_array_equal(
+        kinds.stoichiometry, [[-2, 0, -1, 0], [1, -1, 0, 0], [0, 0, 0, 1]]
+    )
+    names = Names(kinds.rules | kinds.initial, lambda _: None, time=0.0)
+    expected = {"S": 6.0, "U": 2.0, "held": 5.0, "q": 7.0, "r": 7.5, "bind": 45.0}
+    assert {name: names[name] for name in expected} == expected
+
+
+def test_a_field_is_the_sum_of_the_laws(kinds):
+    """Those of one form are computed together, in another order."""
+    field = jax.jit(ModelField(kinds, ["p", "cell", "held"]))
+    (s, u, q), p = (1.5, 3.0, 2.0), 0.4
+    slope = field(jnp.asarray(0.0), jnp.asarray([s, u, q]), jnp.asarray([p, 2.0, 5.0]))
+    bind, part, leave = (p + q) * s, u**2, p * s
+    expected = [-2 * bind - leave, (bind - part) / 2, -p * q]
+    np.testing.assert_allclose(slope, expected, rtol=1e-12)
+
+
+def test_measurements_give_several_placeholders_in_order():
+    names = "noiseParameter1_x", "observableParameter1_x", "observableParameter2_x"
+    observable = Observable("x", 0.0, 1.0, "lin", "normal", names)
+    line = {"observableParameters": "first; second", "noiseParameters": "third", "time": "1"}
+    assert placeholders_of(line, observable) == ["third", "first", "second"]
 
 
 @pytest.mark.benchmarks

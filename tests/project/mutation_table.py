@@ -65,7 +65,7 @@ FIRST = {
     "ode/loop/integrate": ("tests/ode/test_events.py",),
     "ode/loop/outputs": ("tests/ode/test_events.py", "tests/ode/test_solve.py"),
     "ode/loop/problem": ("tests/ode/test_breakpoints.py",),
-    "ode/loop/trajectory": ("tests/ode/test_rows.py", "tests/ode/test_adjoints.py"),
+    "ode/loop/trajectory": ("tests/ode/test_discrete.py", "tests/ode/test_rows.py"),
     "ode/loop/step_tangents": ("tests/ode/test_discrete.py", "tests/ode/test_adjoints.py"),
     "ode/loop/checkpoints": ("tests/ode/test_discrete.py",),
     "ode/loop/progress": ("tests/ode/test_failures.py",),
@@ -87,7 +87,10 @@ FIRST = {
     "estimation/objectives": ("tests/estimation/test_likelihoods.py",),
     "estimation/search": ("tests/estimation/test_search.py", "tests/estimation/test_estimate.py"),
     "ode/system": ("tests/ode/test_rows.py",),
+    "petab": ("tests/petab",),
     "plot": ("tests/test_plot.py",),
+    "series": ("tests/series",),
+    "sklearn": ("tests/interop/test_sklearn.py",),
     "tabular": ("tests/tabular",),
     "tabular/encoding": ("tests/tabular/test_columns.py", "tests/tabular/test_table.py"),
     "tabular/impute": ("tests/tabular/test_table.py",),
@@ -140,6 +143,122 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "4 * np.arange(1, DEGREES + 1)"),
     # Each half of the rows holds both samples.
     ("calibration/classifier.py", "np.repeat([0, 1], count)", "np.tile([0, 1], count)"),
+    # Later parts of the simulations meet the contexts of the first.
+    ("calibration/simulations.py", "lambda leaf, rows=rows: leaf[rows]",
+     "lambda leaf, rows=rows: leaf[: len(self.theta[rows])]"),
+    # Of a parameter that is constant, all distances are NaN.
+    ("calibration/regions.py", "    if constant:", "    if False:"),
+    # The step that a flow uses most is not that which is judged.
+    ("auditing/checks.py", "float(jnp.max(stats.num_steps))", "float(jnp.min(stats.num_steps))"),
+    # An error in the gradient is told to be one of the step size alone.
+    ("auditing/checks.py", "if not isinstance(adjoint, DiscreteAdjoint):",
+     "if isinstance(adjoint, DiscreteAdjoint):"),
+    # Two measurements at one time count as one.
+    ("petab/channels.py", "seen.get((row, time, key), -1) + 1", "0"),
+    # Laplace's noise is taken for normal noise, and the other way round.
+    ("petab/channels.py", 'np.repeat([kind == "laplace"', 'np.repeat([kind != "laplace"'),
+    # What a condition sets is lost where it follows another.
+    ("petab/experiments.py", "kept[:, i] &= self.rows.empty", "kept[:, i] |= self.rows.empty"),
+    # An empty cell of a condition is NaN.
+    ("petab/experiments.py", "jnp.where(jnp.isnan(cell), default, cell)", "cell"),
+    # A switch at an estimated time is missed, and biases the gradient.
+    ("petab/experiments.py", "np.any(np.asarray(moves)[..., self.parameters.estimated] != 0)",
+     "np.any(np.asarray(moves)[..., ~self.parameters.estimated] != 0)"),
+    # Steps do not end at a periodic switch, which is not refused.
+    ("petab/experiments.py", "or not np.all(np.abs(bent) < 1e-6)", "or False"),
+    # Laws of one form that are not beside each other change others' states.
+    ("petab/field.py", "model.stoichiometry[:, order]", "model.stoichiometry"),
+    # A concentration changes as fast as an amount.
+    ("petab/field.py", " / numbers[self._sizes]", ""),
+    # The last condition that holds decides, instead of the first.
+    ("petab/formulas.py", "reversed(range(0, len(parts) - 1, 2))", "range(0, len(parts) - 1, 2)"),
+    ("petab/formulas.py", "jnp.log(x) / jnp.log(base)", "jnp.log(base) / jnp.log(x)"),
+    # An observable has the measurements of others.
+    ("petab/measurements.py", "place[which], measured[which]",
+     "place[which], measured[: len(which)]"),
+    # The logarithm of a measurement of zero makes all likelihoods NaN.
+    ("petab/measurements.py", "(measured > 0) | ~logarithmic", "(measured >= 0) | ~logarithmic"),
+    # Two molecules react as one.
+    ("petab/model.py", "sign * each.getStoichiometry()", "sign"),
+    # An amount is taken for a concentration.
+    ("petab/model.py", 'Formula("DIVIDE", (value, size))', "value"),
+    # A model is solved without its events.
+    ("petab/model.py", "if parts := list(_unread(model)):", "if parts := []:"),
+    # Likelihoods of logarithmic observables lack the change of variables.
+    ("petab/observables.py", "jnp.log(measured) + math.log(SCALES[self.scale])",
+     "jnp.zeros_like(measured)"),
+    ("petab/observables.py", "jnp.log(2 * noise)", "jnp.log(noise)"),
+    # The second placeholder of a measurement has the value of the first.
+    ("petab/observables.py", 'f"{kind}{i + 1}_{observable.name}": cell',
+     'f"{kind}{i or 1}_{observable.name}": cell'),
+    # A wide prior is a narrow one.
+    ("petab/parameters.py", "(value - mean) / deviation", "(value - mean) * deviation"),
+    # First guesses by a prior on the linear scale are not on that of the table.
+    ("petab/parameters.py", 'if kind in ("normal", "uniform") and (rate',
+     'if kind == "" and (rate'),
+    # Natural logarithms count as those to base 10.
+    ("petab/parameters.py", '"log": 1.0', '"log": math.log(10)'),
+    # An estimate has another likelihood than `Problem.nll`.
+    ("petab/problem.py", "found.nll + channels.shift", "found.nll - channels.shift"),
+    # An estimate forgets the priors of the table.
+    ("petab/problem.py", '{"prior": self.prior} if self.prior(self.nominal)',
+     '{"prior": self.prior} if not self.prior(self.nominal)'),
+    # A problem is solved from the start of the model, not from its steady state.
+    ("petab/problem.py", "jnp.where(self._kept, settled[experiments.before_of], y0)", "y0"),
+    # A table that a spreadsheet has written lacks its first column.
+    ("petab/tables.py", 'encoding="utf-8-sig"', 'encoding="utf-8"'),
+    # Of conditions of one name, the last stands for all.
+    ("petab/tables.py", "if names.count(name) > 1:", "if names.count(name) > len(names):"),
+    # A shorter series ends at time zero.
+    ("series/frames.py", "np.tile(times[ends - 1][:, None], (1, counts.max()))",
+     "np.zeros((len(counts), counts.max()))"),
+    # Lines of one time are not told from each other.
+    ("series/frames.py", "np.lexsort((times, place))", 'np.argsort(place, kind="stable")'),
+    # Densities of several channels lack a determinant.
+    ("series/mixture.py", "log_det = log_det + 0.5 * jnp.log(square)", "pass"),
+    # A channel that was not observed counts.
+    ("series/mixture.py", "jnp.where(there[None], 1 / self.sd, 0.0)", "1 / self.sd"),
+    # Quantiles are those without what channels share.
+    ("series/mixture.py", "return self.sd**2 + jnp.sum(self.loading**2, axis=1)[None]",
+     "return self.sd**2"),
+    # Draws reach far beyond the range of training.
+    ("series/mixture.py", "jnp.clip(ys[jnp.argmax(inside)], low, high)",
+     "ys[jnp.argmax(inside)]"),
+    # A density is not that in the units of the data.
+    ("series/model.py", "nats - (seen.there * np.log(self.units.sd))",
+     "nats + (seen.there * np.log(self.units.sd))"),
+    # All draws of a row jump by no values.
+    ("series/model.py", "network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y",
+     "network.jumped(state, mixture, dt, y, jnp.zeros(y.shape, bool)), y"),
+    # A channel that was never seen has a recent value.
+    ("series/model.py", "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
+    # An observation without a channel is one with its mean.
+    ("series/network.py", "jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)",
+     "y, jnp.where(there, 0.0, state.since)"),
+    # A time without values changes the state.
+    ("series/network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
+    # The waves of the field turn half as far.
+    ("series/network.py", "angle = jnp.exp(self.frequency) * (0.5 * step)",
+     "angle = jnp.exp(self.frequency) * (0.25 * step)"),
+    # A forecast does not decay to the mean.
+    ("series/network.py", "self.recall * jnp.exp(-jnp.exp(self.forget) * state.since)",
+     "self.recall"),
+    # Training reads the values whose density it maximizes from what is set aside as gaps.
+    ("series/training.py", "some = there & jnp.where", "some = jnp.where"),
+    # A jump of the user takes the place of the field.
+    ("series/training.py", '"jump": ("jump", jump, (h, seen, None))',
+     '"jump": ("jump", None, (h, seen, None))'),
+    # What a training returns is its start.
+    ("series/training.py", "return run.best.with_params(plan.devices.from_all(run.best.params))",
+     "return model.with_params(plan.devices.from_all(model.params))"),
+    # Units of the data change what is learnt.
+    ("series/units.py", "(np.where(there, ys, self.mean) - self.mean) / self.sd",
+     "np.where(there, ys, self.mean) - self.mean"),
+    # Times in a row may come before others.
+    ("series/units.py", "(step < 0) | ((step == 0) & before_last)", "(step == 0) & before_last"),
+    # A level that stays is forgotten.
+    ("series/units.py", "np.exp(-np.exp(LOG_RATES)[:, None] * (t1 - t0)) * y0",
+     "np.exp(-np.exp(LOG_RATES)[:, None] * t1) * y0"),
     # A network sees a context once for each sample.
     ("density/contexts.py", "or context is None or self.shapes is None:", "or True:"),
     # The gradient of a set with gaps is NaN.
@@ -335,8 +454,27 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("tabular/several_grids.py", "between & enough, middle", "enough, middle"),
     # The secant method turns its lines.
     ("tabular/several_grids.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
+    # Quantiles at levels that are hardly apart cross.
+    ("tabular/predictions.py", "return np.maximum.accumulate(y, axis=1)[", "return y["),
+    # Levels are judged by the networks that were trained on their rows.
+    ("tabular/training.py", "cells = encoder.as_cells(part.aside)",
+     "cells = encoder.as_cells(part.rows)"),
+    # The numbers are trained as if all rows had one weight.
+    ("tabular/training.py", "InMemory(encoder.as_cells(part.rows), weights=part.weights)",
+     "InMemory(encoder.as_cells(part.rows))"),
+    # The network of an angle sees where it is cut.
+    ("tabular/training.py", "base = torus(size, period)", "base = standard_normal(size)"),
     # Categories are imputed by what comes before them alone.
     ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
+    # A regressor forgets its weights.
+    ("sklearn.py", "None if sample_weight is None else np.asarray(sample_weight)", "None"),
+    # All random states are one.
+    ("sklearn.py", "check_random_state(random_state)", "check_random_state(0)"),
+    # Samples of an array are a frame.
+    ("sklearn.py", 'return rows if hasattr(self, "feature_names_in_") else rows.to_numpy()',
+     "return rows"),
+    # A training of some seconds is a function of its random state.
+    ("sklearn.py", "self.seconds is not None or self.steps is None", "False"),
     # A density is drawn with its axes exchanged.
     ("plot.py", ".reshape(points, points)", ".reshape(points, points).T"),
 )  # fmt: skip

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.cases import BENCHMARKS, ON_ITS_OWN, load, memory, tables
 from benchmarks.harness import fairness, hlo, machine, report, runner, show
 
-pytestmark = pytest.mark.shown
 ROOT = Path(__file__).parents[2]
 CALLED, SMALL = load("compile_time"), load("per_sample")
 

@@ -22,8 +22,6 @@ from benchmarks.cases import time_to_nll as to_level
 from benchmarks.harness import estimate_problems, image_data, posterior_tasks, table_data
 from benchmarks.peers import estimators, parameter_fits
 
-pytestmark = pytest.mark.shown
-
 
 def test_tables_have_columns_with_a_density_and_are_spread_and_split():
     rng = np.random.default_rng(0)

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.cases import accelerators, adjoints, divergence, regularizers, tolerance
 from benchmarks.harness import report, show
 
-pytestmark = pytest.mark.shown
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
@@ -48,8 +47,12 @@ PAGES = {str(path.relative_to(DOCS)): with_includes(path) for path in sorted(DOC
 NEED_LIBRARIES = {"gallery.md": ("flax", "numpyro"), "estimate.md": ("numpyro",)}
 
 
+SMOKE = {"start.md": pytest.mark.smoke}
+RUN = [page for page, text in PAGES.items() if "```python" in text]
+
+
 @pytest.mark.slow  # pages that train, each a program of a reader
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
+@pytest.mark.parametrize("page", [pytest.param(page, marks=SMOKE.get(page, ())) for page in RUN])
 def test_code_blocks_run(page, default_settings):
     for library in NEED_LIBRARIES.get(page, ()):
         pytest.importorskip(library)

@@ -20,7 +20,6 @@ from running import EXAMPLES, PNG, after, load, load_once, start
 
 import jaxode
 
-pytestmark = pytest.mark.shown
 WITH_A_PACKAGE = {"flax_field": "flax", "numpyro_guide": "numpyro", "patients": "numpyro"}
 
 
@@ -114,9 +113,13 @@ SMALLER = {
 }
 
 
+SMOKE = {"density_2d": pytest.mark.smoke}
+
+
 @pytest.mark.slow  # each compiles what it trains
 @pytest.mark.parametrize(
-    ("name", "options", "where", "promised"), RUNS, ids=[row[0] for row in RUNS]
+    ("name", "options", "where", "promised"),
+    [pytest.param(*row, marks=SMOKE.get(row[0], ()), id=row[0]) for row in RUNS],
 )
 def test_an_example_does_what_it_promises(
     name, options, where, promised, run, one_block, monkeypatch, tmp_path, default_settings

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.shown
 README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
@@ -28,6 +27,7 @@ def run(code):
 
 
 @pytest.mark.slow  # each block compiles what it trains
+@pytest.mark.smoke
 @pytest.mark.parametrize("code", BLOCKS, ids=["fit", "table", "series", "own loop"])
 def test_a_code_block_runs_alone(code, default_settings):
     """After three steps of training."""

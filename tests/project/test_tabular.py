@@ -5,8 +5,6 @@ import pandas as pd
 import pytest
 from common import tables
 
-pytestmark = pytest.mark.shown
-
 
 def lines(*rows):
     return "".join(f"{row}\n" for row in rows)

@@ -1,6 +1,7 @@
 """Levels of one number that hold on rows which trained no network."""
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
-from trained import FRAMES, KEY, OPTIONS
+from scipy.special import ndtr
+from tables import FRAMES, KEY, OPTIONS
+from untrained import untrained
 
 import jaxode
 from jaxode import tabular
+from jaxode.nn import Ensemble
 from jaxode.tabular import training
 from jaxode.tabular.calibration import calibrated
 
@@ -24,6 +28,7 @@ def still(t, z, p):
     return p * z
 
 
+@functools.cache
 def of_gamma():
     """A normal density, and what makes it that of gamma variables."""
     flow = jaxode.cnf(still, jaxode.standard_normal(1), rtol=1e-5, atol=1e-5)
@@ -45,50 +50,64 @@ def test_levels_are_those_of_the_rows():
 
 def test_it_is_one_distribution():
     start, density = of_gamma()
-    x = np.linspace(-30, 60, 9001)
+    x = np.linspace(-30, 60, ROWS)
     p = np.exp(density.log_prob(x[:, None]))
     np.testing.assert_allclose(np.trapezoid(p, x), 1, atol=2e-3)
     below = np.trapezoid(p[x <= 2.0], x[x <= 2.0])
-    np.testing.assert_allclose(density.cdf([[2.0]]), below, atol=2e-3)
-    drawn = np.asarray(density.sample(KEY, (4000,)))[:, 0]
+    drawn = np.asarray(density.sample(KEY, (ROWS - 1,)))
+    level, *levels = density.cdf(np.append(np.full((1, 1), x[x <= 2.0][-1]), drawn, axis=0))
+    np.testing.assert_allclose(level, below, atol=2e-3)
     # Kolmogorov and Smirnov's distance is beyond this once in 10,000 times.
-    assert scipy.stats.kstest(density.cdf(drawn[:, None]), "uniform").statistic < 2.2 / np.sqrt(
-        4000
-    )
+    assert scipy.stats.kstest(levels, "uniform").statistic < 2.2 / np.sqrt(ROWS)
     gain = density.log_prob(DRAWN).mean() - start.log_prob(DRAWN).mean()
     assert gain > 0.05
 
 
+@dataclasses.dataclass(frozen=True)
+class OfNetworks:
+    """A density of several networks, whose levels move by one number each."""
+
+    params: Any
+
+    def with_params(self, network):
+        return OfNetworks(network)
+
+    def cdf(self, x, *, context=None):
+        return ndtr(np.asarray(x, float)[..., 0] - self.params)
+
+
 def test_rows_aside_are_judged_by_networks_that_did_not_see_them(monkeypatch):
     """Levels of the networks' own training rows would be another."""
-    seen = []
+    density, seen = OfNetworks(Ensemble.of([0.0, 0.3, 1.0])), []
+    monkeypatch.setattr(training, "_train_numbers", lambda *_: (density, []))
     monkeypatch.setattr(
         training, "calibrated", lambda density, levels: seen.append(levels) or density
     )
-    options = OPTIONS["continuous"] | {"key": KEY, "steps": 1, "members": 3, "progress": False}
-    table, _ = tabular.fit(FRAMES["continuous"], calibrate=True, **options)
+    options = {"key": KEY, "members": 3, "calibrate": True, "progress": False}
+    frame = FRAMES["continuous"]
+    table, _ = tabular.fit(frame, **OPTIONS["continuous"] | options)
     (levels,) = seen
     assert len(levels) == 3 * 30
-    networks = table.density.params.members
-    assert len(networks) == 3
-    of = lambda network: dataclasses.replace(table, density=table.density.with_params(network))
-    each = np.stack([of(network).cdf(FRAMES["continuous"]) for network in networks])
+    of = lambda network: dataclasses.replace(table, density=OfNetworks(network))
+    each = np.stack([of(network).cdf(frame) for network in density.params.members])
+    sides = []
     for i, part in enumerate(np.split(levels, 3)):
-        near = np.abs(each[i][:, None] - part).min(axis=0)
-        assert near.max() < 1e-4
-        assert np.abs(each[i - 1][:, None] - part).min(axis=0).max() > 1e-4
+        apart = np.abs(each[i][:, None] - part)
+        assert apart.min(axis=0).max() < 1e-6
+        assert np.abs(each[i - 1][:, None] - part).min(axis=0).max() > 1e-3
+        sides.append(set(apart.argmin(axis=0)))
+    assert len(set.union(*sides)) > 60  # each has other rows aside
 
 
 def test_a_table_uses_them():
-    options = OPTIONS["continuous"] | {"key": KEY, "steps": 50, "members": 1, "progress": False}
-    frame = FRAMES["continuous"]
-    table, _ = tabular.fit(frame, calibrate=True, **options)
-    plain, _ = tabular.fit(frame, **options)
-    some = frame.head(20)
+    frame, options = FRAMES["continuous"], OPTIONS["continuous"] | {"members": 1, "flow": True}
+    table = untrained(frame, calibrate=True, **options)
+    plain = untrained(frame, **options)
+    some = frame.head(30)  # as many as are set aside
     assert np.abs(table.cdf(some) - plain.cdf(some)).max() > 0.01
     q = np.array([0.1, 0.5, 0.9])
     levels = [table.cdf(some.assign(y=y)) for y in table.quantile(q, some).T]
-    np.testing.assert_allclose(np.stack(levels, 1), np.tile(q, (20, 1)), atol=1e-3)
+    np.testing.assert_allclose(np.stack(levels, 1), np.tile(q, (30, 1)), atol=1e-3)
 
 
 def test_what_cannot_be_calibrated():

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import optional
+from untrained import untrained
 
-from jaxode import tabular
 from jaxode.tabular import frames
 from jaxode.tabular.columns import Column, numeric
 from jaxode.tabular.dates import Dates
@@ -156,7 +156,7 @@ TABLES = {
 @functools.cache
 def table(name):
     frame, options = TABLES[name]
-    return tabular.fit(frame, key=KEY, steps=50, members=1, progress=False, **options)[0]
+    return untrained(frame, **options)
 
 
 def test_days_sum_to_one():
@@ -164,11 +164,11 @@ def test_days_sum_to_one():
     days = [*days, pd.NaT]
     frame = pd.DataFrame({"day": days * 2, "group": np.repeat(["a", "b"], len(days))})
     assert table("local").kinds == {"day": "date", "group": "categorical"}
-    p = np.exp(table("local").log_prob(frame))
-    assert abs(p.sum() - 1) < 0.02  # the noise of the draws
+    p = np.exp(table("local").log_prob(frame, draws=128))
+    assert abs(p.sum() - 1) < 0.01  # the noise of the draws
     # The same instants in another zone and unit.
     again = frame.assign(day=frame.day.dt.tz_convert("UTC").astype("datetime64[ns, UTC]"))
-    np.testing.assert_array_equal(np.exp(table("local").log_prob(again)), p)
+    np.testing.assert_array_equal(np.exp(table("local").log_prob(again, draws=128)), p)
 
 
 def test_samples_and_imputed_dates_are_those_of_training():
@@ -242,4 +242,4 @@ def test_dates_that_are_not_as_in_training(name, frame, words):
 def test_a_date_far_away_is_named():
     frame = pd.DataFrame({"day": [*DAYS, pd.Timestamp("0001-01-01")], "n": 1})
     with pytest.warns(UserWarning, match="far from all others, such as 0001-01-01, beside"):
-        tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
+        untrained(frame)

@@ -7,13 +7,16 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import optional
-from trained import FRAMES, KEY, OPTIONS, table
+from helpers import optional, with_slow
+from tables import FRAMES, KEY, OPTIONS, table, trained, training
+from untrained import small_networks, untrained
 
 from jaxode import tabular
 from jaxode.tabular import frames
 
 pytestmark = pytest.mark.usefixtures("default_settings")
+# Rows of calls that share programs: FEW have as many draws of noise as IMPUTED have proposals.
+ROWS, FEW, IMPUTED = 300, 16, 4
 AGES = np.linspace(-25, 125, 21)  # three quarters of the standard deviation of a group apart
 
 
@@ -22,20 +25,22 @@ def all_rows(**columns):
     return index.to_frame(index=False)
 
 
-def test_a_table_of_all_kinds_sums_to_one():
+@pytest.mark.parametrize("make", with_slow([table, trained], [trained]))  # 140,000 solves
+def test_a_table_of_all_kinds_sums_to_one(make):
     """Over all groups and counts, and by quadrature over the age where it is not missing."""
     frame = all_rows(group=["a", "b", None], count=range(41), age=[np.nan, *AGES])
     weight = np.where(frame.age.isna(), 1.0, AGES[1] - AGES[0])
     # Numbers that stand in for those that are not there need more draws than the noise of counts.
     stands_in = (frame.age.isna() | (frame["count"] == 0)).to_numpy()
     p = weight.copy()
-    for rows, draws in ((stands_in, 64), (~stands_in, 2)):
-        p[rows] *= np.exp(table("mixed").log_prob(frame[rows], draws=draws))
-    assert abs(p.sum() - 1) < 0.025  # of 64 draws, an atom's stand-ins alone have an error of 0.006
-    # Where an age is missing is learned, and counts are zero as often as in training.
-    shares = FRAMES["mixed"].age.isna().mean(), (FRAMES["mixed"]["count"] == 0).mean()
-    assert abs(p[frame.age.isna()].sum() - shares[0]) < 0.1
-    assert abs(p[frame["count"] == 0].sum() - shares[1]) < 0.1
+    for rows, draws in ((stands_in, 256), (~stands_in, 8)):
+        p[rows] *= np.exp(make("mixed").log_prob(frame[rows], draws=draws))
+    assert abs(p.sum() - 1) < 0.01  # of the draws
+    if make is trained:
+        # Where an age is missing is learned, and counts are zero as often as in training.
+        shares = FRAMES["mixed"].age.isna().mean(), (FRAMES["mixed"]["count"] == 0).mean()
+        assert abs(p[frame.age.isna()].sum() - shares[0]) < 0.1
+        assert abs(p[frame["count"] == 0].sum() - shares[1]) < 0.1
 
 
 def test_each_row_of_given_columns_sums_to_one():
@@ -51,35 +56,40 @@ def test_each_row_of_given_columns_sums_to_one():
 
 def test_categories_alone_sum_to_one_and_are_learned():
     frame = all_rows(group=["a", "b", "c"], old=[True, False])
-    p = np.exp(table("categories").log_prob(frame))
+    p = np.exp(trained("categories").log_prob(frame))
     assert abs(p.sum() - 1) < 1e-5
     data = FRAMES["categories"]
     share = [((data.group == g) & (data.old == o)).mean() for g, o in frame.itertuples(index=False)]
     np.testing.assert_allclose(p, share, atol=0.06)
 
 
-def test_steps_of_categories_end_where_they_should_and_progress_is_a_line_for_each_look(capsys):
-    _, history = tabular.fit(FRAMES["categories"], key=KEY, steps=60, members=1)
-    assert [point.step for point in history] == [0, 50, 60]
-    words = [f"categories: step {p.step}, validation loss {p.nats:.3f} nats, " for p in history]
+def test_the_same_key_trains_the_same_categories_and_progress_is_a_line_for_each_look(capsys):
+    """With progress, too; steps end where they should."""
+    first, expected = training("categories")
+    options = {"key": KEY, **OPTIONS["categories"]}
+    again, history = tabular.fit(FRAMES["categories"], **options)
+    frame = FRAMES["categories"][:6]
+    np.testing.assert_array_equal(again.log_prob(frame), first.log_prob(frame))
+    assert [point.step for point in history] == 2 * [0, 50, 100, 150, 160]
+    assert [point.nats for point in history] == [point.nats for point in expected]
+    words = [
+        f"categories {1 + i // 5} of 2: step {p.step}, validation loss {p.nats:.3f} nats, "
+        for i, p in enumerate(history)
+    ]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * 3
+    assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * 10
 
 
 def test_categories_have_the_mean_of_the_probabilities_of_several_networks():
     """Column after column: so the joint probability is the product of two means."""
-    fitted, history = tabular.fit(
-        FRAMES["categories"], key=KEY, steps=60, members=2, progress=False
-    )
-    assert [point.step for point in history] == 2 * [0, 50, 60]
-    frame = FRAMES["categories"][:5]
+    fitted, frame = trained("categories"), FRAMES["categories"][:6]
     rows = fitted.encoder.encode(frames.as_frame("frame", frame))
     sizes, starts = fitted.encoder.sizes, np.cumsum([0, *fitted.encoder.sizes[:-1]])
-    expected = np.zeros(5)
+    expected, logits = np.zeros(6), jax.jit(lambda network, *row: network.logits(*row))
     for i, modes in enumerate(rows.modes):
         one_hot = np.zeros(sum(sizes), np.float32)
         one_hot[starts + modes] = 1
-        each = [network.logits(one_hot, rows.given[i]) for network in fitted.categories.members]
+        each = [logits(network, one_hot, rows.given[i]) for network in fitted.categories.members]
         expected[i] = np.log(np.mean(np.exp(each), axis=0))[starts + modes].sum()
     np.testing.assert_allclose(fitted.log_prob(frame), expected, rtol=1e-5)
     drawn = fitted.sample(jax.random.key(1), 2000)
@@ -111,7 +121,7 @@ def test_units():
     scale = encoder.columns[2].scale
     np.testing.assert_allclose(rows.log_scale, np.where(present, -np.log(scale), 0.0))
     rounded = pd.DataFrame({"x": np.round(np.random.default_rng(0).normal(size=300), 1)})
-    fitted, _ = tabular.fit(rounded, key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(rounded)
     x = np.arange(-80, 81) / 10
     total = np.exp(fitted.log_prob(pd.DataFrame({"x": x}))).sum() * 0.1
     assert abs(total - 1) < 0.005
@@ -120,27 +130,29 @@ def test_units():
 def test_pooled_categories_sum_to_one():
     rows = ["a"] * 60 + ["b"] * 30 + ["q", "r", "r"]
     frame = pd.DataFrame({"x": rows})
-    fitted, _ = tabular.fit(frame, key=KEY, other=5, steps=1, members=1, progress=False)
+    fitted = untrained(frame, other=5)
     p = np.exp(fitted.log_prob(pd.DataFrame({"x": ["a", "b", "q", "r", "new"]})))
     assert abs(p.sum() - 1) < 1e-5
     assert abs(p[3] / p[2] - 2) < 1e-5
     assert p[4] == 0
 
 
+@pytest.mark.parametrize("make", [table, trained])
 @pytest.mark.filterwarnings("ignore:Table.sample")  # of numbers at the ends, after few steps
-def test_samples_are_like_the_training_frame():
-    samples = table("mixed").sample(KEY, 400)
-    data = FRAMES["mixed"]
+def test_samples_are_like_the_training_frame(make):
+    fitted, data = make("mixed"), FRAMES["mixed"]
+    samples = fitted.sample(KEY, ROWS)
     assert samples.dtypes.equals(data.dtypes)
     assert samples["count"].between(0, 40).all()
     assert set(samples.group.dropna()) == {"a", "b"}
-    for name in ("group", "age"):
-        assert abs(samples[name].isna().mean() - data[name].isna().mean()) < 0.1
-    assert abs((samples["count"] == 0).mean() - (data["count"] == 0).mean()) < 0.1
-    assert np.isfinite(table("mixed").log_prob(samples)).all()
-    pd.testing.assert_frame_equal(samples, table("mixed").sample(KEY, 400))
-    assert not samples.equals(table("mixed").sample(jax.random.key(1), 400))
-    assert len(table("mixed").sample(KEY, 0)) == 0
+    if make is trained:
+        for name in ("group", "age"):
+            assert abs(samples[name].isna().mean() - data[name].isna().mean()) < 0.1
+        assert abs((samples["count"] == 0).mean() - (data["count"] == 0).mean()) < 0.1
+    assert np.isfinite(fitted.log_prob(samples[:FEW])).all()
+    pd.testing.assert_frame_equal(samples, fitted.sample(KEY, ROWS))
+    assert not samples.equals(fitted.sample(jax.random.key(1), ROWS))
+    assert len(fitted.sample(KEY, 0)) == 0
 
 
 def test_samples_have_the_density():
@@ -165,7 +177,7 @@ def test_samples_of_given_rows():
 
 def test_given_fractions_stay_as_they_are():
     frame = pd.DataFrame({"area": np.arange(40), "old": [True, False, None, True] * 10})
-    fitted, _ = tabular.fit(frame, given="area", key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, given="area")
     samples = fitted.sample(KEY, 1, pd.DataFrame({"area": [20.5, 21.0]}))
     assert [*samples.area] == [20.5, 21.0]
     whole = fitted.sample(KEY, 1, pd.DataFrame({"area": [20.0, 21.0]}))
@@ -177,7 +189,7 @@ def test_given_fractions_stay_as_they_are():
 def test_missing_values_of_a_category_that_is_given_stay_missing():
     frame = FRAMES["categories"].assign(group=pd.Categorical(FRAMES["categories"].group))
     frame.loc[:20, "group"] = pd.NA
-    fitted, _ = tabular.fit(frame, given="group", key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, given="group")
     rows = pd.DataFrame({"group": pd.array(["a", None], dtype="string")})
     samples = fitted.sample(KEY, 1, rows)
     assert [*samples.group.isna()] == [False, True]
@@ -186,17 +198,16 @@ def test_missing_values_of_a_category_that_is_given_stay_missing():
 
 def test_categories_that_a_frame_lacks_are_drawn_and_kept():
     frame = FRAMES["categories"].assign(group=pd.Categorical(FRAMES["categories"].group))
-    options = {"key": KEY, "steps": 1, "members": 1, "progress": False, "other": 5}
     frame.loc[:1, "group"] = pd.NA
     rows = pd.DataFrame({"group": pd.Categorical(["a", None, None]), "old": True})
-    fitted, _ = tabular.fit(frame, **options)
+    fitted = untrained(frame, other=5)
     filled = fitted.impute(KEY, rows, 20)
     assert not filled.group.isna().any()
     assert set(filled.group) == {"a", "b", "c"}
     frame.loc[5:7, "group"] = "a"
     frame["group"] = frame.group.cat.add_categories("rare")
     frame.loc[5:7, "group"] = "rare"
-    fitted, _ = tabular.fit(frame, given="group", **options)
+    fitted = untrained(frame, given="group", other=5)
     samples = fitted.sample(KEY, 1, pd.DataFrame({"group": ["Rome", "a"]}))
     assert [*samples.group] == ["Rome", "a"]
 
@@ -205,7 +216,7 @@ def test_decimals_are_numbers():
     made, number = optional("polars"), decimal.Decimal
     frame = made.DataFrame({"x": [number(i % 7) / 4 for i in range(40)], "b": [True, False] * 20})
     assert isinstance(frame.schema["x"], made.Decimal)
-    fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame)
     assert set(fitted.sample(KEY, 20)["x"]) <= {i / 4 for i in range(7)}
     assert fitted.impute(KEY, frame.with_columns(b=None))["b"].null_count() == 0
 
@@ -220,7 +231,7 @@ def test_a_column_may_be_missing_altogether(library):
         made = optional("polars")
         columns = FRAMES["mixed"].items()
         frame = made.DataFrame({name: [*map(gaps, column)] for name, column in columns})
-        fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
+        fitted = untrained(frame)
         rows = made.DataFrame({"group": ["a"], "count": [3], "age": [None]})
     filled = fitted.impute(KEY, rows)
     assert float(filled["age"][0]) > 0
@@ -248,7 +259,7 @@ def test_rows_are_the_same_in_parts(monkeypatch):
 def test_given_integers_may_be_missing():
     age = pd.array([30, None, 50, 41] * 10, "Int64")
     frame = pd.DataFrame({"age": age, "old": [False, True, True, None] * 10})
-    fitted, _ = tabular.fit(frame, given="age", key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, given="age")
     samples = fitted.sample(KEY, 2, frame[:3])
     assert samples.dtypes.equals(frame.dtypes)
     assert [*samples.age.fillna(-1)] == [30, 30, -1, -1, 50, 50]
@@ -277,9 +288,9 @@ def test_what_is_missing_is_drawn():
 def test_imputed_values_follow_the_rest_of_the_row():
     """As the model's conditional distribution, from its joint probabilities."""
     frame = pd.DataFrame({"group": [None, "a"], "old": [True, None]}, dtype=object)
-    filled = table("categories").impute(KEY, frame, 500)
+    filled = trained("categories").impute(KEY, frame, 500)
     rows = all_rows(group=["a", "b", "c"], old=[True, False])
-    p = np.exp(table("categories").log_prob(rows)).reshape(3, 2)
+    p = np.exp(trained("categories").log_prob(rows)).reshape(3, 2)
     groups = [(filled.group[:500] == group).mean() for group in "abc"]
     np.testing.assert_allclose(groups, p[:, 0] / p[:, 0].sum(), atol=0.09)  # four errors
     assert abs((filled.old[500:] == True).mean() - p[0, 0] / p[0].sum()) < 0.09  # noqa: E712
@@ -295,30 +306,25 @@ def test_imputed_numbers_have_the_conditional_density():
     assert abs(ages.mean() - mean) < 4 * spread / 10
 
 
-def test_the_same_key_trains_the_same_table_which_pickles():
-    first = table("categories")
-    again, _ = tabular.fit(FRAMES["categories"], key=KEY, progress=False, **OPTIONS["categories"])
-    log_prob = first.log_prob(FRAMES["categories"])
-    np.testing.assert_array_equal(log_prob, again.log_prob(FRAMES["categories"]))
-    for name in ("mixed", "categories"):
-        loaded = pickle.loads(pickle.dumps(table(name)))
-        frame = FRAMES[name][:300]
-        np.testing.assert_array_equal(table(name).log_prob(frame), loaded.log_prob(frame))
-        assert loaded.sample(KEY, 2).equals(table(name).sample(KEY, 2))
+@pytest.mark.filterwarnings("ignore:Table.sample")  # of numbers at the ends, after few steps
+def test_a_table_pickles():
+    fitted, loaded = trained("mixed"), pickle.loads(pickle.dumps(trained("mixed")))
+    frame = FRAMES["mixed"][:FEW]
+    np.testing.assert_array_equal(fitted.log_prob(frame), loaded.log_prob(frame))
+    assert loaded.sample(KEY, ROWS).equals(fitted.sample(KEY, ROWS))
 
 
-def test_validation_rows_of_your_own():
-    frame = FRAMES["categories"]
+def test_validation_rows_of_your_own(capsys):
+    frame = FRAMES["one integer"]
     options = {"key": KEY, "progress": False, "steps": 100, "members": 1}
-    fitted, points = tabular.fit(frame[:200], validation=frame[200:], **options)
-    nats = -fitted.log_prob(frame[200:]).mean()
+    fitted, points = tabular.fit(frame[:250], validation=frame[250:], **options)
+    nats = -fitted.log_prob(frame[250:]).mean()
     assert abs(min(point.nats for point in points) - nats) < 1e-4
     # A number of few that training had not has a density of zero, and is left out.
-    few, unseen = FRAMES["one integer"], pd.DataFrame({"n": [9], "group": ["a"]})
-    both = pd.concat([few[:50], unseen])
-    _, points = tabular.fit(few, validation=both, **options)
-    _, expected = tabular.fit(few, validation=few[:50], **options)
-    np.testing.assert_allclose([p.nats for p in points], [p.nats for p in expected], rtol=1e-4)
+    both = pd.concat([frame[250:], pd.DataFrame({"n": [9], "group": ["a"]})])
+    _, others = tabular.fit(frame[:250], validation=both, **options | {"progress": True})
+    assert capsys.readouterr().err.startswith("categories: step 0, validation loss ")
+    np.testing.assert_allclose([p.nats for p in others], [p.nats for p in points], rtol=1e-4)
 
 
 @pytest.mark.parametrize("library", ["polars", "pyarrow"])
@@ -328,7 +334,7 @@ def test_frames_of_other_libraries(library):
     frame = made.table(data) if library == "pyarrow" else made.DataFrame(data)
     if library == "polars":
         frame = frame.with_columns(made.col("group").cast(made.Categorical))
-    fitted, _ = tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, weights=np.r_[0.0, np.ones(79)])
     samples = fitted.sample(KEY, 5)
     assert type(samples) is type(frame)
     assert samples.schema == frame.schema
@@ -341,15 +347,17 @@ def test_frames_of_other_libraries(library):
     assert np.isfinite(fitted.log_prob(filled)).all()
 
 
+@pytest.mark.filterwarnings("ignore:Table.sample")  # of numbers at the ends, after few steps
 def test_double_precision_changes_nothing():
     """Tables are trained and used in single precision, whatever JAX is set to between."""
-    rows = {"mixed": FRAMES["mixed"][:8], "atom": FRAMES["atom"].dropna()[:8]}
+    rows = {"mixed": FRAMES["mixed"][:FEW], "continuous": FRAMES["continuous"][:4]}
+    gaps = FRAMES["mixed"][:IMPUTED].assign(age=np.nan)
     calls = {
-        "log_prob": lambda: table("mixed").log_prob(rows["mixed"]),
-        "sample": lambda: table("mixed").sample(KEY, 8),
-        "impute": lambda: table("mixed").impute(KEY, rows["mixed"]),
-        "cdf": lambda: table("atom").cdf(rows["atom"]),
-        "quantile": lambda: table("atom").quantile([0.1, 0.5], rows["atom"]),
+        "log_prob": lambda: trained("mixed").log_prob(rows["mixed"]),
+        "sample": lambda: trained("mixed").sample(KEY, ROWS),
+        "impute": lambda: trained("mixed").impute(KEY, gaps),
+        "cdf": lambda: trained("continuous").cdf(rows["continuous"]),
+        "quantile": lambda: trained("continuous").quantile([0.03, 0.5, 0.9], rows["continuous"]),
         "fit": lambda: tabular.fit(
             FRAMES["categories"], key=KEY, steps=1, members=1, progress=False
         )[0],
@@ -366,10 +374,13 @@ def test_double_precision_changes_nothing():
     pd.testing.assert_frame_equal(*drawn)
 
 
+@pytest.mark.slow  # two trainings, one of which compiles for two devices
 def test_several_devices_train_the_table_of_one():
-    """Compiles a training for two devices, which no other test shares."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), "batch")
     options = {"steps": 50, "members": 1, "mesh": mesh, "progress": False} | OPTIONS["one"]
-    fitted, _ = tabular.fit(FRAMES["one"], key=KEY, **options)
-    found, expected = (t.log_prob(FRAMES["one"][:9]) for t in (fitted, table("one")))
-    np.testing.assert_allclose(found, expected, atol=2e-3)  # sums of single precision, in parts
+    with small_networks():
+        fitted, _ = tabular.fit(FRAMES["one"], key=KEY, **options)
+    rows = FRAMES["one"][:9]
+    np.testing.assert_allclose(  # sums of single precision, in parts
+        fitted.log_prob(rows), trained("one").log_prob(rows), atol=2e-3
+    )

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from trained import FRAMES, KEY, table
+from tables import FRAMES, KEY, table
+from untrained import untrained, without_training
 
 from jaxode import tabular
 
@@ -156,7 +157,7 @@ def test_what_is_wrong_with_a_call(name, method, given, words):
 
 def test_a_category_is_no_number_to_predict():
     frame = FRAMES["categories"]
-    fitted, _ = tabular.fit(frame, given="old", key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, given="old")
     with pytest.raises(ValueError, match="predictions need one modelled column, of numbers"):
         fitted.mean(frame)
 
@@ -177,20 +178,20 @@ def test_a_target_that_is_given_warns():
     with pytest.warns(
         UserWarning, match=r"columns \['z', 'x', 'y'\] depend on each other linearly"
     ):
-        tabular.fit(frame, given=["x", "y", "k", "c"], key=KEY, steps=1, members=1, progress=False)
+        untrained(frame, given=["x", "y", "k", "c"])
 
 
 def test_given_columns_that_depend_on_each_other_do_not_matter():
     frame = pd.DataFrame({"n": np.arange(N) % 2, "x": GOOD.x, "y": 2 * GOOD.x})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tabular.fit(frame, given=["x", "y"], key=KEY, steps=1, members=1, progress=False)
+        untrained(frame, given=["x", "y"])
 
 
 def test_too_many_categories_warn():
     frame = pd.DataFrame({"c": (np.arange(300) % 31).astype(str)})
     words = r"'c' must repeat its categories; got 31 of them in 300 rows. Drop the .* by other=10\."
-    with pytest.warns(UserWarning, match=words) as caught:
+    with pytest.warns(UserWarning, match=words) as caught, without_training():
         tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
     assert caught[0].filename == __file__
 
@@ -198,8 +199,8 @@ def test_too_many_categories_warn():
 def test_a_constant_column_has_nothing_to_learn():
     frame = pd.DataFrame({"one": 1, "pi": np.pi, "n": np.arange(N) % 2, "given": 3.5})
     frame["half"] = 0.5
-    fitted, _ = tabular.fit(frame, given="given", key=KEY, steps=1, members=1, progress=False)
-    alone, _ = tabular.fit(frame[["n"]], key=KEY, steps=1, members=1, progress=False)
+    fitted = untrained(frame, given="given")
+    alone = untrained(frame[["n"]])
     assert abs(np.exp(fitted.log_prob(frame[:2])).sum() - 1) < 1e-5
     assert abs(np.exp(alone.log_prob(frame[:2])).sum() - 1) < 1e-5
     constant, points = tabular.fit(frame[["pi"]], key=KEY, steps=1, members=1, progress=False)
