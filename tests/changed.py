@@ -80,9 +80,8 @@ def imported(path: Path) -> set[str]:
                 found |= {public_names().get(name) for name in names}
             found |= {file_of(f"{node.module}.{name}", path) for name in names}
             found.add(file_of(node.module, path))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id == "jaxode":
-                found.add(public_names().get(node.attr))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "jaxode":
+            found.add(public_names().get(node.attr))
     return {file for file in found if file} - {PUBLIC}
 
 

@@ -165,6 +165,7 @@ def test_gradients_of_a_deep_set_are_finite_with_gaps():
     assert not by_points[1].any()
 
 
+@pytest.mark.slow  # a whole training
 def test_fit_learns_the_mean_of_sets_of_unequal_size(default_settings):
     """Of a normal prior and noise of 1: the posterior is `N(sum / (n + 1), 1 / (n + 1))`."""
     random = np.random.default_rng(0)

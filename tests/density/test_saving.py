@@ -107,6 +107,7 @@ def test_an_exported_program_serves_any_batch_and_platform():
     np.testing.assert_allclose(served[1](*given), density.sample(KEY, (4,)), rtol=1e-9)
 
 
+@pytest.mark.slow  # a training from end to end, beside that of the docs
 def test_a_density_of_images_is_trained_and_served():
     """In classes, with noise on its integers."""
     levels, classes = np.random.default_rng(0).integers(0, 8, (40, 2, 2)), np.eye(2)[[0, 1] * 20]

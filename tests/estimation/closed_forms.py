@@ -6,19 +6,22 @@ does with predictions is the same.
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxode.estimation import marginal, problem
+from jaxode.estimation.observations import Given, posed
 
 REAL = problem.solve
 
 
-class KnownSolution(NamedTuple):
+@dataclass(frozen=True)
+class KnownSolution:
     """A vector field `f(t, y, args)`, and its `solution(t, y0, args)` a time after the start."""
 
     field: Callable[..., Any]
@@ -57,3 +60,9 @@ def known_solutions():
         for module in (problem, marginal):
             patch.setattr(module, "solve", solved)
         yield
+
+
+def posed_problem(f, y0, ts, ys, starts, **options):
+    """The problem that `jaxode.estimate` poses, its starts as vectors, and their bounds."""
+    given = dict.fromkeys(Given._fields) | {"t0": 0.0, "options": {}} | options
+    return posed(Given(**given | {"f": f, "y0": y0, "ts": ts, "ys": ys, "starts": starts}))

@@ -11,9 +11,10 @@ from helpers import with_slow
 from scipy import optimize, stats
 
 import jaxode
-from jaxode.estimation.marginal import evaluated
+from jaxode.estimation import maximum
+from jaxode.estimation.marginal import Evaluated, evaluated
 from jaxode.estimation.maximum import Maximum, PopulationLikelihood, Total
-from jaxode.estimation.population import _described, _Given, _posed
+from jaxode.estimation.population import _described, _doses, _Given, _posed
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -113,6 +114,11 @@ def decay(t, y, given):
     return -one * jnp.exp(params["rate"]) * y
 
 
+def exponent(t, given):
+    (params, one), _ = given
+    return one * jnp.exp(params["rate"]) * t
+
+
 def given_again(t, y, args, i):
     return y + args[1]
 
@@ -137,22 +143,45 @@ def both(predicted, given):
     return jnp.exp(params["add"]) + jnp.exp(params["part"]) * predicted
 
 
-# With all that a population may have, by solves.
+# With all that a population may have.
+DECAY = KnownSolution(decay, lambda t, y0, given: y0 * jnp.exp(-exponent(t, given)))
 DOSED = {
-    "f": decay, "y0": jnp.zeros((8, 1)), "ts": TS, "ys": SEEN[..., None],
+    "f": DECAY, "y0": jnp.zeros((8, 1)), "ts": TS, "ys": SEEN[..., None],
     "start": {"rate": -1.0, "add": -3.5, "part": -2.5}, "vary": {"rate": 0.3},
     "noise": both, "args": jnp.ones(()), "row_args": SIZES,
 }  # fmt: skip
 DOSED_JUMPS = jaxode.Jumps(jnp.asarray(DOSES), given_again)
 
 
-def dosed():
+def dosed(f=DECAY):
     rest = {"t0": 0.0, "observe": None, "correlated": False, "options": {"jumps": DOSED_JUMPS}}
-    return _posed(_Given(**DOSED, **rest))
+    return _posed(_Given(**DOSED | {"f": f}, **rest))
 
 
-def test_gradients_and_the_likelihood_of_doses_are_exact():
-    population, theta = dosed()
+def test_solves_of_subjects_and_their_slopes_are_those_of_the_closed_form():
+    found = []
+    for population, theta in map(dosed, (decay, DECAY)):
+        subject = jax.tree.map(lambda leaf: leaf[3], population.subjects)
+        flat = jnp.asarray(theta[:3])
+
+        def twice(flat, of=(population, subject)):
+            moments = of[0].moments(flat, of[1])
+            return moments, moments
+
+        slopes, (mean, _) = jax.jit(jax.jacfwd(twice, has_aux=True))(flat)
+        found.append((mean[:, 0], slopes))
+        rate = float(population.unravel(flat)["rate"])
+        np.testing.assert_allclose(mean[:, 0], after_doses(np.full(8, rate))[3], rtol=1e-4)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5)  # of solves
+
+
+@pytest.mark.parametrize(
+    "f",
+    with_slow([DECAY, decay], [decay]),  # solves and their slopes are tested alone
+    ids=["known solution", "solve"],
+)
+def test_gradients_and_the_likelihood_of_doses_are_exact(f):
+    population, theta = dosed(f)
     found = evaluated(population, jnp.asarray(theta), jnp.zeros((8, 1)))
     at = lambda theta: evaluated(population, jnp.asarray(theta), found.effects)
     steps = 1e-4 * np.eye(4)
@@ -190,6 +219,12 @@ def test_gradients_and_the_likelihood_of_doses_are_exact():
         exact = laplace - np.log(spread * parts.sum() / np.sqrt(2 * np.pi))
         # The Hessians differ by at most 0.044. The next term of the expansion is below 0.0096 here.
         np.testing.assert_allclose(laplace - 0.5 * np.log(expected / observed), exact, atol=0.02)
+
+
+def test_doses_after_the_last_observation_of_a_subject_never_come():
+    times = jnp.asarray(np.stack([TS, TS / 2]))
+    doses = _doses(jnp.array([0.0, 2.0, 3.0, 9.0]), times, jnp.zeros(()))
+    np.testing.assert_array_equal(doses, [[0.0, 2.0, 3.0, np.inf], [0.0, np.inf, np.inf, np.inf]])
 
 
 # What one or all of the subjects above may have, and what is said of it.
@@ -380,6 +415,59 @@ def test_a_search_goes_on_from_where_the_likelihood_is_known(lost):
     assert len(set(cliff.tried)) == len(cliff.tried)
 
 
+class Sample(Cliff):
+    """The mean and the logarithm of the noise of a normal sample, of variance one."""
+
+    def __init__(self, count):
+        super().__init__(())
+        self.count = count
+
+    def at(self, theta, parts=None):
+        self.tried.append(theta)
+        (mean, log_noise), part = theta, np.exp(-2 * theta[1])
+        square = part * (1 + mean**2)
+        value = self.count * (log_noise + 0.5 * square)
+        scores = self.count * np.array([part * mean, 1 - square])
+        return Total(np.array([value]), scores, self.count * np.diag([part, 2.0]))
+
+
+@pytest.mark.parametrize("log_noise", [-1.2, -3.0, -6.0, 4.0])
+def test_a_search_from_a_wrong_noise_ends_at_the_right_one(log_noise):
+    sample = Sample(50)
+    end = sample.minimized(np.array([0.5, log_noise]), 40)
+    # The search ends three hundredths of a standard error from the best.
+    assert sample.at(end).decrement < 0.03
+    assert np.abs(end).max() < 0.01
+    moves = np.abs(np.diff(sample.tried[:-1], axis=0))
+    assert (moves <= np.maximum(np.abs(sample.tried[:-2]), 1.0) + 1e-12).all()
+
+
+def test_subjects_count_once_in_their_order(monkeypatch):
+    """More than fifty are evaluated in parts of one size, of which some are filled up."""
+    ys = np.arange(101.0)[:, None, None] * np.ones((1, 6, 1))
+    given = {"start": GUESS, "vary": SPREAD, "t0": 0.0, "correlated": False, "options": {}}
+    none = dict.fromkeys(("observe", "noise", "args", "row_args"))
+    population, theta = _posed(_Given(LINE, begin, TS, ys, **given, **none))
+
+    def each(part, theta, effects):
+        number = np.asarray(part.subjects.ys)[:, 0, 0]
+        of_theta = np.ones((len(number), len(theta)))
+        return Evaluated(
+            number, of_theta, of_theta[:, None] * np.eye(len(theta)),
+            number[:, None] * np.ones(2), np.zeros((len(number), 2, len(theta))),
+        )  # fmt: skip
+
+    monkeypatch.setattr(maximum, "evaluated", each)
+    likelihood = PopulationLikelihood(population, theta)
+    assert len(likelihood.parts) == 3
+    found = likelihood.at(theta)
+    np.testing.assert_array_equal(found.values, np.arange(101.0))
+    np.testing.assert_array_equal(found.scores, 101.0)
+    np.testing.assert_array_equal(np.diag(found.information), 101.0)
+    np.testing.assert_array_equal(likelihood.effects[:, 0], np.arange(101.0))
+    np.testing.assert_array_equal(likelihood.at(theta, 1).values, np.arange(0.0, 101.0, 3))
+
+
 class Rounded(Cliff):
     """With a likelihood that looks worse by 2e-5 near its maximum."""
 
@@ -442,14 +530,12 @@ def taken(t, y0, params):
 
 
 ABSORBED = KnownSolution(absorbed, taken)
+CASES = [(ABSORBED, -1.2), (ABSORBED, -3.0), (absorbed, -3.0)]
 
 
 @pytest.mark.parametrize(
     ("f", "log_noise"),
-    with_slow(
-        [(ABSORBED, -1.2), (ABSORBED, -3.0), (absorbed, -3.0)],
-        [(absorbed, -3.0)],  # the same search by solves
-    ),
+    with_slow(CASES, CASES),  # seven parameters: `Sample` searches from such a noise, too
 )
 def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(f, log_noise):
     rng, hours = np.random.default_rng(0), np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])

@@ -115,6 +115,7 @@ def test_any_key_draws_samples(key):
     assert jax.eval_shape(lambda: draw(key)).shape == (2, 3)
 
 
+@pytest.mark.slow  # programs of another dtype
 def test_samples_of_half_precision(default_settings):
     """They are solved in float32; the derivative and the base density see them as they are."""
     flow = jaxode.cnf(jaxode.nn.field, PLANE)

@@ -119,6 +119,7 @@ def test_equal_settings_are_equal():
     assert independent().pair(KEY, z, x, None) is None
 
 
+@pytest.mark.slow  # programs of another dtype
 def test_a_complex_condition_is_its_real_and_imaginary_part():
     z, x = jax.random.normal(jax.random.key(0), (2, 16, 2))
     angle = jnp.linspace(0.0, 6.0, 16)[:, None]

@@ -192,6 +192,7 @@ def test_standard_error_is_the_spread_of_the_estimate(name, probes):
     assert difference.std() / np.sqrt(difference.size) < 0.02 * mean.var()
 
 
+@pytest.mark.slow  # compiles for its memory alone
 def test_chunks_bound_the_memory_of_a_large_event():
     """784 dimensions, as in MNIST, with the memory that the docstring states."""
     size, width, batch, chunk = 784, 256, 32, 4

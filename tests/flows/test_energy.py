@@ -142,6 +142,7 @@ def test_a_failed_solve_is_named_and_not_the_target():
         flow.reverse_kl_loss(trained(), double_well, 4, key=KEY)
 
 
+@pytest.mark.slow  # compiles for several devices
 def test_devices_share_a_batch():
     """With a key for each device, the gradient is the mean of theirs."""
     keys = jax.random.split(KEY, 2)

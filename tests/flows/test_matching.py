@@ -98,6 +98,7 @@ def test_no_solve_and_no_divergence():
     assert "while" not in str(jax.make_jaxpr(jax.value_and_grad(loss))(PARAMS))
 
 
+@pytest.mark.slow  # compiles for several devices
 def test_a_batch_over_devices_has_the_noise_of_one():
     """With a coupling of neighbouring rows. With weights it is tested in `test_bad_data.py`."""
 

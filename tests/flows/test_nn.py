@@ -396,12 +396,12 @@ def test_a_subclass_with_a_field_of_its_own_has_no_closed_form():
 
 
 def test_a_lattice_in_half_precision():
-    half = lambda tree: jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), tree)
-    m, x = nn.Lattice(4, key=jax.random.key(0)), np.linspace(-1.0, 1.0, 4)
-    time = np.asarray(0.5)
-    actual = value(*half((m, time, x)))
-    assert actual.dtype == jnp.bfloat16
-    np.testing.assert_allclose(actual.astype(float), value(m, time, x), atol=0.02)
+    half = lambda tree: jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+    m, x = nn.Lattice(4, key=jax.random.key(0)), jnp.linspace(-1.0, 1.0, 4)
+    time = jnp.asarray(0.5, jnp.bfloat16)
+    np.testing.assert_allclose(
+        half(m)(time, half(x)).astype(float), m(jnp.asarray(0.5), x), atol=0.02
+    )
 
 
 def rotated(x):

@@ -83,9 +83,32 @@ FIRST = {
     "ode/roots": ("tests/ode/test_steady.py",),
     "ode/interpolations": ("tests/ode/test_interpolations.py",),
     "estimation": ("tests/estimation",),
+    "estimation/bounds": (
+        "tests/estimation/test_reports.py",
+        "tests/estimation/test_likelihoods.py",
+    ),
+    "estimation/budget": ("tests/estimation/test_reports.py",),
+    "estimation/display": ("tests/estimation/test_reports.py", "tests/estimation/test_estimate.py"),
+    "estimation/estimate": ("tests/estimation/test_reports.py",),
+    "estimation/likelihoods": ("tests/estimation/test_likelihoods.py",),
     "estimation/marginal": ("tests/estimation/test_population.py",),
-    "estimation/objectives": ("tests/estimation/test_likelihoods.py",),
-    "estimation/search": ("tests/estimation/test_search.py", "tests/estimation/test_estimate.py"),
+    "estimation/maximum": ("tests/estimation/test_population.py",),
+    "estimation/objectives": ("tests/estimation/test_objectives.py",),
+    "estimation/observations": (
+        "tests/estimation/test_objectives.py",
+        "tests/estimation/test_estimate.py",
+    ),
+    "estimation/population": ("tests/estimation/test_population.py",),
+    "estimation/prediction": ("tests/estimation/test_estimate.py",),
+    "estimation/problem": ("tests/estimation/test_objectives.py",),
+    "estimation/profiles": ("tests/estimation/test_estimate.py",),
+    "estimation/search": ("tests/estimation/test_search.py",),
+    "estimation/slopes": (
+        "tests/estimation/test_objectives.py",
+        "tests/estimation/test_estimate.py",
+    ),
+    "estimation/starts": ("tests/estimation/test_search.py", "tests/estimation/test_objectives.py"),
+    "estimation/uncertainty": ("tests/estimation/test_reports.py",),
     "ode/system": ("tests/ode/test_rows.py",),
     "petab": ("tests/petab",),
     "plot": ("tests/test_plot.py",),
@@ -403,6 +426,89 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
      "len(times)"),
     ("estimation/uncertainty.py", "covariance = scale * inverse", "covariance = inverse"),
+    # A start above its upper bound is taken.
+    ("estimation/bounds.py", "(starts < low) | (starts > high)", "starts < low"),
+    # Messages and tables call all numbers of an array by one name.
+    ("estimation/bounds.py", '"".join(f"[{i}]" for i in at)', '""'),
+    # A second Ctrl-C does not end a search that hangs.
+    ("estimation/budget.py", "            if self.stopped:\n                raise\n", ""),
+    # Ctrl-C ends the part of the observations alone, and the search goes on.
+    ("estimation/budget.py", "return self.stopped or time", "return time"),
+    # The end by Ctrl-C is blamed on seconds.
+    ("estimation/budget.py", '"Ctrl-C" if self.stopped', '"Ctrl-C" if False'),
+    # A search that failed is shown as one that has converged.
+    ("estimation/display.py", "'converged' if converged else", "'converged' if True else"),
+    # Two digits of an estimate are shown.
+    ("estimation/display.py", "DIGITS = 5", "DIGITS = 2"),
+    # Criteria do not count the noise that the residuals say.
+    ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
+    # A parameter at its upper bound has an error as if it were free.
+    ("estimation/estimate.py", " | (flat >= np.asarray(box.high))", ""),
+    # Ends that are far less likely are told as likely.
+    ("estimation/estimate.py", "errors, starts[alike])", "errors, starts)"),
+    ("estimation/estimate.py", "math.log(self._counts[1])", "math.log(self._counts[0])"),
+    # Wrong values of the likelihood of counts.
+    ("estimation/likelihoods.py", "            + lgamma(observed + 1)\n",
+     "            + lgamma(observed)\n"),
+    # Errors of parameters by a likelihood in logarithms are wrong by a factor.
+    ("estimation/likelihoods.py", "1 / (noise * predicted) ** 2", "1 / noise**2 / predicted"),
+    ("estimation/likelihoods.py", "1 / (mean + mean**2 / k)", "1 / mean"),
+    # The derivative of a noise that is zero where nothing was observed makes all NaN.
+    ("estimation/marginal.py", "missing = jnp.isnan(subject.ys)",
+     "missing = jnp.zeros_like(subject.ys, bool)"),
+    # Laplace's method without what the spread tells of the effects.
+    ("estimation/marginal.py", "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
+    # A dose after the last observation of a subject comes at once.
+    ("estimation/population.py", "(doses > times[:, -1:], jnp.inf", "(doses > times[:, -1:], 0.0"),
+    # Subjects that fill up a part of the population count twice.
+    ("estimation/maximum.py", "np.asarray(found.scores)[: len(members)]",
+     "np.asarray(found.scores)"),
+    # Likelihoods of subjects in another order than the subjects: messages name the wrong one.
+    ("estimation/maximum.py", "Total(np.concatenate(values)[order]",
+     "Total(np.concatenate(values)"),
+    # Steps of any length: a search from a noise that is far too small is lost.
+    ("estimation/maximum.py", "move * min(1.0, longest / length)", "move * 1.0"),
+    # Nothing is free: what observations do not determine gets an error.
+    ("estimation/maximum.py", "free = hidden > PART *", "free = hidden > np.inf +"),
+    # The noise goes to zero where few observations can be fitted exactly.
+    ("estimation/objectives.py", "jnp.where(whole, flat, start)", "flat"),
+    # The prior does not count for a density of the user's own.
+    ("estimation/objectives.py",
+     "cost = cost + 0.5 * jnp.sum(prior**2)\n        rows =", "rows ="),
+    # Tolerances do not go with the unit of the data.
+    ("estimation/observations.py", "min(spread, 1.0) if given", "1.0 if given"),
+    # As many observations as parameters say a noise of zero.
+    ("estimation/observations.py", "if used <= count:", "if used < count:"),
+    # Half a count is a count.
+    ("estimation/observations.py", "(values < 0) | (values != np.round(values))", "(values < 0)"),
+    # The criterion by the number of parameters.
+    ("estimation/population.py", "math.log(self._observed)", "math.log(len(self.covariance))"),
+    # A deviation that is not determined has an error.
+    ("estimation/population.py", "(slopes[:, unknown] != 0).any(axis=1)",
+     "(slopes[:, unknown] != 0).all(axis=1) & False"),
+    # Bands of one deviation in place of 95%.
+    ("estimation/prediction.py", "NORMAL_95 = 1.959964", "NORMAL_95 = 1.0"),
+    # What is not determined is predicted as if it were known.
+    ("estimation/prediction.py", "lost.astype(int) > 0", "lost.astype(int) < 0"),
+    # Parts of the observations are solved to the end.
+    ("estimation/problem.py", "jnp.minimum(self.ts, end), None", "self.ts, None"),
+    # A prior does not get the data.
+    ("estimation/problem.py", "self.prior(self.given(params))", "self.prior(params)"),
+    # A row that ends makes place for none before all end: the rest is never searched.
+    ("estimation/search.py", "limit = 1 if over else steps + 1", "limit = steps + 1"),
+    # The distance from the start counts in the result.
+    ("estimation/search.py", "found = objective.local(flat, row.start, quantities, jacobian)\n",
+     "found = _with_hold(objective.local(flat, row.start, quantities, jacobian), row.hold + 0 * "
+     "flat, flat - row.start)\n"),
+    # Slopes in another unit of time.
+    ("estimation/slopes.py", "spline.derivative()(at) / unit", "spline.derivative()(at)"),
+    # Slopes of what is missing count as if they were observed.
+    ("estimation/slopes.py", "np.where(np.isnan(series), np.inf,",
+     "np.where(np.isnan(series), 1.0,"),
+    # A start whose end is that of another is lost.
+    ("estimation/starts.py", "to[i] = same[0]", "to[i] = -1"),
+    # Runs are kept however much they cost.
+    ("estimation/starts.py", "else GIVE_UP_FACTOR * least", "else np.inf * least"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
     ("ode/solvers/explicit.py", "h_bar + c[i] * dtime", "h_bar + dtime"),

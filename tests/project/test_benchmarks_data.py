@@ -69,6 +69,7 @@ def test_scores_are_those_of_the_best_on_the_validation_rows_in_time(monkeypatch
     assert scores("jaxode", [60.0])["60"]["nats"] == 10
 
 
+@pytest.mark.slow  # data of a benchmark
 @pytest.mark.parametrize("name", posterior_tasks.TASKS)
 def test_every_task_has_the_likelihood_of_its_simulator(name, default_settings):
     """Whose ratio has mean one, for any other parameters."""
@@ -108,6 +109,7 @@ def test_data_of_trainings_are_standardized_and_held_out_is_apart(name):
         np.testing.assert_allclose(train.mean(0), 0, atol=1e-4)
 
 
+@pytest.mark.slow  # data of a benchmark
 @pytest.mark.parametrize("name", estimate_problems.PROBLEMS)
 def test_fits_are_judged_by_the_least_cost_near_the_truth(name):
     problem = estimate_problems.PROBLEMS[name]

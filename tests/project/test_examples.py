@@ -192,6 +192,7 @@ def test_particles_are_aligned_by_what_is_a_symmetry(default_settings):
             assert (square(others) > square(np.asarray(near)) - 1e-3).all()
 
 
+@pytest.mark.slow  # a million simulations
 def test_the_exact_posterior_is_that_of_the_simulator(default_settings):
     """Parameters of simulations close to an observation, which the prior's box does not cut."""
     posterior = load_once("posterior")

@@ -66,6 +66,7 @@ def test_each_member_has_other_rows_aside(rows, part, members):
     assert all(len(aside.x) == np.ceil(part * rows) <= MAX_VALIDATION_ROWS for _, aside, _ in parts)
 
 
+@pytest.mark.slow  # a second training of an ensemble
 def test_contexts_likelihood_and_maps():
     """Phases follow each other in all members, whose map is one."""
     start = bound(params=ensemble(2, context_size=1), standardize=None)

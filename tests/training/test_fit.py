@@ -152,6 +152,7 @@ def test_complex_parameters_are_trained():
     assert density.params.imag > 0.3  # by 0.01 a step, less and less, and averaged
 
 
+@pytest.mark.slow  # a training of its own dtype
 def test_double_precision_and_strict_promotion():
     """Which Adam does not have."""
     jax.config.update("jax_enable_x64", True)
@@ -163,6 +164,7 @@ def test_double_precision_and_strict_promotion():
     assert density.log_prob(BENT).dtype == np.float64
 
 
+@pytest.mark.slow  # a training of its own shape
 def test_an_event_may_be_a_number():
     x = np.random.default_rng(1).normal(size=40)
     density, history = fit(cheap(event=(), standardize=None), x, steps=50)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import with_slow
 from jax.sharding import Mesh
 
 import jaxode
@@ -42,7 +43,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+ONE = "contexts and noise"
+
+
+@pytest.mark.parametrize("name", with_slow(CASES, [*CASES.keys() - {ONE}]))  # trains twice
 def test_the_result_is_that_of_one_device(name):
     sizes, options = CASES[name]
     options = {"x": X, "steps": 60, "batch_size": 64, "key": KEY, "progress": False, **options}
@@ -130,6 +134,7 @@ def in_two_processes(case):
             process.kill()
 
 
+@pytest.mark.slow  # starts processes, each of which compiles
 @pytest.mark.parametrize("case", ["seconds", "iterator"])
 def test_processes_train_on_the_rows_of_all(case):
     outputs = in_two_processes(case)
@@ -142,6 +147,7 @@ def test_processes_train_on_the_rows_of_all(case):
         assert all("training ended with the iterator" in errors for _, errors in outputs)
 
 
+@pytest.mark.slow  # starts processes
 def test_processes_with_other_columns_are_told_so():
     for _, errors in in_two_processes("columns"):
         assert "the processes must pass the same columns" in errors

@@ -1,0 +1,432 @@
+"""Every mode and order of differentiation for a function with a reverse sweep of its own.
+
+`F(v)` runs forward, and `G(v, w) = F'(v)^T w` is its sweep. JAX differentiates both in forward
+mode, loops of unknown length included. No more is needed:
+
+    tangent of F                F'(v) dv                     = jvp(F, v, dv)
+    transpose of the tangent    w -> F'(v)^T w               = G(v, w)
+    sweep of G                  u -> grad_(v, w) <u, G>      = jvp(v -> (G(v, w), F(v)), v, u)
+    sweep of the tangent        w -> grad_(v, dv) <w, F' dv> = (jvp(v -> G(v, w), v, dv), G(v, w))
+
+The third line holds because the Hessian of `<w, F>` is symmetric. So a function with a sweep makes
+its sweep and its tangent such functions, too, and all orders follow without reverse mode of a loop.
+What a run records serves the first sweep alone. Under `jax.grad` no tangent is computed.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax._src.core import no_axis_name
+
+# Unlike `batching.primitive_batchers`, these are told the name of the mapped axis.
+from jax._src.interpreters.batching import fancy_primitive_batchers
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, mlir
+from jaxtyping import Array
+
+Arrays = list[Array]
+Flags = tuple[bool, ...]
+
+
+class WithSweep(NamedTuple):
+    """A function of arrays, and its sweep.
+
+    `moved` flags the inputs that are differentiated, `touched` the outputs that have cotangents.
+    """
+
+    value: Callable[[Arrays], Arrays]
+    """The outputs that have derivatives."""
+    sweep: Callable[[Flags, Flags, Arrays, Arrays], Arrays]
+    """`(moved, touched, inputs, bars)` -> the cotangents of the inputs that moved."""
+    record: Callable[[Flags, Arrays], tuple[Arrays, Arrays, Arrays]] | None = None
+    """`(moved, inputs)` -> outputs, other outputs, and a record for the first sweep."""
+    recorded_sweep: Callable[[Flags, Flags, Arrays, Arrays, Arrays], Arrays] | None = None
+    """`(moved, touched, inputs, record, bars)` -> what `sweep` returns."""
+
+    def tangent(self, moved: Flags) -> "WithSweep":
+        """`(inputs, tangents of those that moved)` -> the tangents of the outputs."""
+        count = len(moved)
+
+        def value(both: Arrays) -> Arrays:
+            return _pushed(self.value, moved, both[:count], both[count:])
+
+        def sweep(wanted: Flags, touched: Flags, both: Arrays, bars: Arrays) -> Arrays:
+            inputs, dots = both[:count], both[count:]
+            of_dots = _scattered(moved, wanted[count:], False)
+            either = tuple(a or b for a, b in zip(wanted[:count], of_dots, strict=True))
+
+            def swept(inputs: Arrays) -> Arrays:
+                return self.sweep(either, touched, inputs, bars)
+
+            bars_of, dots_of = _value_and_pushed(swept, moved, inputs, dots)
+            by_input = _chosen(wanted[:count], _scattered(either, dots_of))
+            return by_input + _chosen(of_dots, _scattered(either, bars_of))
+
+        return WithSweep(value, sweep)
+
+    def of_sweep(self, moved: Flags, touched: Flags) -> "WithSweep":
+        """`(inputs, bars of the outputs that are touched)` -> the cotangents of `sweep`."""
+        count = len(moved)
+
+        def value(both: Arrays) -> Arrays:
+            return self.sweep(moved, touched, both[:count], both[count:])
+
+        def sweep(wanted: Flags, among: Flags, both: Arrays, ways: Arrays) -> Arrays:
+            inputs, bars = both[:count], both[count:]
+            along = _scattered(moved, among, False)
+            by_input, by_bar = [], []
+            if any(wanted[:count]):
+
+                def swept(inputs: Arrays) -> Arrays:
+                    return self.sweep(wanted[:count], touched, inputs, bars)
+
+                by_input = _pushed(swept, along, inputs, ways)
+            if any(wanted[count:]):
+                of_outputs = _scattered(touched, wanted[count:], False)
+                by_bar = _chosen(of_outputs, _pushed(self.value, along, inputs, ways))
+            return by_input + by_bar
+
+        return WithSweep(value, sweep)
+
+    def mapped(self, axes: list[int | None], over: Any = None) -> "WithSweep":
+        """The same for several inputs, as `jax.vmap`. Shared inputs get summed cotangents."""
+        vmap = functools.partial(jax.vmap, **_named(over))
+
+        def value(inputs: Arrays) -> Arrays:
+            return vmap(self.value, (axes,))(inputs)
+
+        def summed(moved: Flags, bars: Arrays) -> Arrays:
+            shared = [axis is None for axis in _chosen(moved, axes)]
+            return [bar.sum(0) if one else bar for bar, one in zip(bars, shared, strict=True)]
+
+        def sweep(moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
+            def one(inputs, bars):
+                return self.sweep(moved, touched, inputs, bars)
+
+            return summed(moved, vmap(one, (axes, 0))(inputs, bars))
+
+        if self.record is None or self.recorded_sweep is None:
+            return WithSweep(value, sweep)
+        of_one, sweep_of_one = self.record, self.recorded_sweep
+
+        def record(moved: Flags, inputs: Arrays):
+            return vmap(lambda inputs: of_one(moved, inputs), (axes,))(inputs)
+
+        def recorded_sweep(
+            moved: Flags, touched: Flags, inputs: Arrays, kept: Arrays, bars: Arrays
+        ):
+            def one(inputs, kept, bars):
+                return sweep_of_one(moved, touched, inputs, kept, bars)
+
+            return summed(moved, vmap(one, (axes, 0, 0))(inputs, kept, bars))
+
+        return WithSweep(value, sweep, record, recorded_sweep)
+
+
+def differentiable(
+    function: WithSweep, run: Callable[[Arrays], tuple[Arrays, Arrays]], inputs: Arrays
+):
+    """`run(inputs)`: outputs whose derivatives are those of `function`, and others without any."""
+    counts = []
+
+    def flat(*inputs):
+        outputs, others = run([*inputs])
+        counts.append(len(outputs))
+        return [*outputs, *others]
+
+    program = jax.make_jaxpr(flat)(*inputs)
+    out = _value.bind(
+        *inputs, program=program, function=function, inputs=len(inputs), outputs=counts[0]
+    )
+    return out[: counts[0]], out[counts[0] :]
+
+
+def sweep_of(
+    function: WithSweep,
+    moved: Flags,
+    touched: Flags,
+    inputs: Arrays,
+    record: Arrays,
+    bars: Arrays,
+    lanes: int = 0,
+) -> Arrays:
+    """The cotangents of the inputs that moved, with all their derivatives.
+
+    `bars` and the results may have leading axes, `lanes`.
+    """
+    count, middle = len(moved), len(moved) + len(bars)
+    back, own = function.of_sweep(moved, touched), function.recorded_sweep
+
+    def swept(inputs: Arrays, record: Arrays, bars: Arrays) -> Arrays:
+        if own is None or not record:
+            return back.value([*inputs, *bars])
+        return own(moved, touched, inputs, record, bars)
+
+    for _ in range(lanes):
+        back = back.mapped([None] * count + [0] * len(bars))
+        swept = jax.vmap(swept, (None, None, 0))
+
+    def flat(*leaves):
+        return swept([*leaves[:count]], [*leaves[middle:]], [*leaves[count:middle]])
+
+    leaves = *inputs, *bars, *record
+    program = jax.make_jaxpr(flat)(*leaves)
+    return _value.bind(
+        *leaves, program=program, function=back, inputs=middle, outputs=len(program.out_avals)
+    )  # fmt: skip
+
+
+def _named(over: Any) -> dict[str, Any]:
+    """The options of `jax.vmap` for what JAX says of a mapped axis."""
+    if over is None:
+        return {}
+    name = None if over.name is no_axis_name else over.name
+    return {"axis_size": over.size, "axis_name": name}
+
+
+def _chosen(flags: Flags, values: list[Any]) -> list[Any]:
+    """Values whose flag is set."""
+    return [value for flag, value in zip(flags, values, strict=True) if flag]
+
+
+def _scattered(flags: Flags, values: Any, otherwise: Any = None) -> Any:
+    """The inverse of `_chosen`: `values` where a flag is set."""
+    rest = iter(values)
+    return tuple(next(rest) if flag else otherwise for flag in flags)
+
+
+def _value_and_pushed(f: Callable[[Arrays], Arrays], moved: Flags, inputs: Arrays, dots: Arrays):
+    """The values of `f`, and its tangents along those inputs that moved."""
+
+    def of_moved(some: Arrays) -> Arrays:
+        at = _scattered(moved, some)
+        return f([x if flag else old for flag, x, old in zip(moved, at, inputs, strict=True)])
+
+    return jax.jvp(of_moved, (_chosen(moved, inputs),), (dots,))
+
+
+def _pushed(f: Callable[[Arrays], Arrays], moved: Flags, inputs: Arrays, dots: Arrays) -> Arrays:
+    return _value_and_pushed(f, moved, inputs, dots)[1]
+
+
+def _is_still(dot: Any) -> bool:
+    return isinstance(dot, ad.Zero) or dot.dtype == jax.dtypes.float0
+
+
+def _tangent_type(x: Any) -> Any:
+    return jax.typeof(x).to_tangent_aval()
+
+
+def _zeros(like: Any) -> Array:
+    """Zeros of a tangent type, which vary over devices as it does."""
+    return ad.instantiate_zeros(ad.Zero(like))
+
+
+# Binds `program(*inputs, *record)`: outputs and others. Derivatives are those of `function`.
+_value = Primitive("with_sweep")
+_value.multiple_results = True
+# Binds `program(*inputs)`: outputs, others and the record. Only the outputs have derivatives.
+_record = Primitive("recorded_with_sweep")
+_record.multiple_results = True
+# The tangents of the outputs. Inputs, the record, and tangents of the inputs that moved. The latter
+# and the outputs may have leading axes, `lanes`.
+_linear = Primitive("tangent_with_sweep")
+_linear.multiple_results = True
+
+
+def _run(*leaves, program: ClosedJaxpr, **_):
+    return jaxpr_as_fun(program)(*leaves)
+
+
+def _run_linear(*leaves, function: WithSweep, moved: Flags, kept: int, lanes: int, **_):
+    count = len(moved)
+    inputs, dots = [*leaves[:count]], [*leaves[count + kept :]]
+
+    def push(dots: Arrays) -> Arrays:
+        return _pushed(function.value, moved, inputs, dots)
+
+    for _ in range(lanes):
+        push = jax.vmap(push)
+    return push(dots)
+
+
+def _bind_linear(function: WithSweep, moved: Flags, inputs, kept, dots, types, lanes: int = 0):
+    params = {"function": function, "moved": moved, "kept": len(kept)}
+    return _linear.bind(*inputs, *kept, *dots, lanes=lanes, types=types, **params)
+
+
+def _value_jvp(primals, tangents, *, program, function: WithSweep, inputs: int, outputs: int):
+    at, moved = [*primals[:inputs]], tuple(not _is_still(dot) for dot in tangents[:inputs])
+    if not any(moved):
+        out = _value.bind(
+            *primals, program=program, function=function, inputs=inputs, outputs=outputs
+        )  # fmt: skip
+        return out, [ad.Zero(_tangent_type(x)) for x in out]
+    kept = []
+    if function.record is None:
+        out = _value.bind(
+            *primals, program=program, function=function, inputs=inputs, outputs=outputs
+        )  # fmt: skip
+    else:
+        of_all, counts = function.record, []
+
+        def record(*inputs):
+            parts = of_all(moved, [*inputs])
+            counts.extend(map(len, parts))
+            return [x for part in parts for x in part]
+
+        recorded = jax.make_jaxpr(record)(*at)
+        *most, number = counts
+        out = _record.bind(*at, program=recorded, function=function, outputs=outputs)
+        out, kept = out[: sum(most)], out[sum(most) :]
+        assert len(kept) == number
+    types = tuple(_tangent_type(x) for x in out[:outputs])
+    dots = _bind_linear(function, moved, at, kept, _chosen(moved, tangents[:inputs]), types)
+    return out, dots + [ad.Zero(_tangent_type(x)) for x in out[outputs:]]
+
+
+def _record_jvp(primals, tangents, *, program, function: WithSweep, outputs: int):
+    out = _record.bind(*primals, program=program, function=function, outputs=outputs)
+    still = [ad.Zero(_tangent_type(x)) for x in out]
+    moved = tuple(not _is_still(dot) for dot in tangents)
+    if not any(moved):
+        return out, still
+    types = tuple(_tangent_type(x) for x in out[:outputs])
+    dots = _bind_linear(function, moved, primals, [], _chosen(moved, tangents), types)
+    return out, dots + still[outputs:]
+
+
+def _linear_jvp(
+    leaves, tangents, *, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+):
+    count = len(moved)
+    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
+    params = {"function": function, "moved": moved, "kept": kept, "lanes": lanes, "types": types}
+    out = _linear.bind(*leaves, **params)
+    of_inputs, of_dots = tangents[:count], tangents[count + kept :]
+    along_inputs = tuple(not _is_still(dot) for dot in of_inputs)
+    along_dots = tuple(not _is_still(dot) for dot in of_dots)
+    if not any(along_inputs):
+        if not any(along_dots):
+            return out, [ad.Zero(_tangent_type(x)) for x in out]
+        moves = [_zeros(dot.aval) if _is_still(dot) else dot for dot in of_dots]
+        return out, _linear.bind(*inputs, *record, *moves, **params)
+    both = function.tangent(moved)
+    for _ in range(lanes):
+        both = both.mapped([None] * count + [0] * len(dots))
+    along = _chosen(along_inputs, of_inputs) + _chosen(along_dots, of_dots)
+    where = along_inputs + along_dots
+    return out, _bind_linear(
+        both, where, [*inputs, *dots], [], along, tuple(map(_tangent_type, out))
+    )
+
+
+def _linear_transpose(
+    bars, *leaves, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+):
+    del types
+    count = len(moved)
+    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
+    touched = tuple(not _is_still(bar) for bar in bars)
+    nothing = [None] * (count + kept)
+    if not any(touched):
+        return [*nothing, *(ad.Zero(dot.aval) for dot in dots)]
+    by_dot = sweep_of(function, moved, touched, inputs, record, _chosen(touched, bars), lanes)
+    return [*nothing, *by_dot]
+
+
+def _batched(rule: Callable[..., Any], primitive: Primitive) -> Callable[..., Any]:
+    """The rule, unless nothing is mapped, by its values or by the name of the axis."""
+
+    def of_any(over, leaves, axes, **params):
+        if over.name is no_axis_name and all(axis is None for axis in axes):
+            out = primitive.bind(*leaves, **params)
+            return out, [None] * len(out)
+        return rule(over, leaves, axes, **params)
+
+    return of_any
+
+
+def _to_front(leaves, axes):
+    """Mapped leaves with their axis first, and which are mapped."""
+    front = [
+        x if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(leaves, axes, strict=True)
+    ]
+    return front, [None if axis is None else 0 for axis in axes]
+
+
+def _spread(x, axis, size: int):
+    return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
+
+
+def _mapped_program(program: ClosedJaxpr, leaves, axes, over) -> ClosedJaxpr:
+    return jax.make_jaxpr(jax.vmap(jaxpr_as_fun(program), axes, **_named(over)))(*leaves)
+
+
+def _value_batched(over, leaves, axes, *, program, function: WithSweep, inputs: int, outputs: int):
+    leaves, axes = _to_front(leaves, axes)
+    out = _value.bind(
+        *leaves, program=_mapped_program(program, leaves, axes, over),
+        function=function.mapped(axes[:inputs], over), inputs=inputs, outputs=outputs,
+    )  # fmt: skip
+    return out, [0] * len(out)
+
+
+def _record_batched(over, leaves, axes, *, program, function: WithSweep, outputs: int):
+    leaves, axes = _to_front(leaves, axes)
+    program, function = _mapped_program(program, leaves, axes, over), function.mapped(axes, over)
+    out = _record.bind(*leaves, program=program, function=function, outputs=outputs)
+    return out, [0] * len(out)
+
+
+def _linear_batched(
+    over, leaves, axes, *, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+):
+    count, size, named = len(moved), over.size, over.name is not no_axis_name
+    leaves, axes = _to_front(leaves, axes)
+    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
+    of_dots = axes[count + kept :]
+    dots = [_spread(dot, axis, size) for dot, axis in zip(dots, of_dots, strict=True)]
+    if not named and all(axis is None for axis in axes[: count + kept]):
+        types = tuple(_with_axis(one, size, 0) for one in types)
+        out = _bind_linear(function, moved, inputs, record, dots, types, lanes + 1)
+        return out, [0] * len(out)
+    wide = [
+        None if axis is None and not flag else 0
+        for axis, flag in zip(axes[:count], moved, strict=True)
+    ]
+    inputs = [
+        x if new is None else _spread(x, axis, size)
+        for x, axis, new in zip(inputs, axes, wide, strict=False)
+    ]
+    record = [_spread(x, axis, size) for x, axis in zip(record, axes[count:], strict=False)]
+    dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]
+    types = tuple(_with_axis(one, size, lanes) for one in types)
+    out = _bind_linear(function.mapped(wide, over), moved, inputs, record, dots, types, lanes)
+    return out, [lanes] * len(out)
+
+
+def _with_axis(like: Any, size: int, axis: int) -> Any:
+    return like.update(shape=(*like.shape[:axis], size, *like.shape[axis:]))
+
+
+for _primitive in (_value, _record):
+    _primitive.def_impl(_run)
+    _primitive.def_abstract_eval(lambda *_, program, **__: program.out_avals)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=True))
+    _primitive.to_lojax = _run
+_linear.def_impl(_run_linear)
+_linear.def_abstract_eval(lambda *_, types, **__: types)
+mlir.register_lowering(_linear, mlir.lower_fun(_run_linear, multiple_results=True))
+_linear.to_lojax = _run_linear
+ad.primitive_jvps[_value] = _value_jvp
+ad.primitive_jvps[_record] = _record_jvp
+ad.primitive_jvps[_linear] = _linear_jvp
+ad.primitive_transposes[_linear] = _linear_transpose
+fancy_primitive_batchers[_value] = _batched(_value_batched, _value)
+fancy_primitive_batchers[_record] = _batched(_record_batched, _record)
+fancy_primitive_batchers[_linear] = _batched(_linear_batched, _linear)

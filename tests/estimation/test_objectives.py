@@ -1,0 +1,167 @@
+"""What a search minimizes, and the problem that arguments pose, without a search."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_forms import KnownSolution, known_solutions, posed_problem
+from scipy import stats
+
+from jaxode.estimation.budget import Budget
+from jaxode.estimation.objectives import of_observations
+from jaxode.estimation.slopes import OfSlopes, match_slopes
+from jaxode.estimation.starts import _end
+
+TS = np.linspace(0.5, 4.0, 8)
+YS = 2.0 * np.exp(-0.5 * TS) + 0.1 * np.cos(5 * TS)
+YS[2] = np.nan
+SEEN = ~np.isnan(YS)
+AT = {"noise": -1.5, "rate": -0.4, "size": 1.8}
+STARTS = {name: np.full(1, value) for name, value in AT.items()}
+FLAT = jnp.asarray([*AT.values()])
+DECAY = KnownSolution(
+    lambda t, y, params: -jnp.exp(params["rate"]) * y,
+    lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def solutions():
+    with known_solutions():
+        yield
+
+
+def begin(params):
+    return params["size"][None]
+
+
+def noise_of(params):
+    return jnp.exp(params["noise"])
+
+
+def prior_of(params):
+    return (params["rate"] + 0.5) / 0.2
+
+
+def own(predicted, observed, params):
+    return jax.scipy.stats.norm.logpdf(observed, predicted, noise_of(params))
+
+
+def posed(**options):
+    return posed_problem(DECAY, begin, TS, YS[:, None], STARTS, **options)[0]
+
+
+def nll_of(x, upto=np.inf):
+    """Of what is observed, with the prior."""
+    noise, rate, size = x
+    seen = SEEN & (upto >= TS)
+    predicted = size * np.exp(-np.exp(rate) * TS)
+    nll = -stats.norm.logpdf(YS, predicted, np.exp(noise))[seen].sum()
+    return nll + 0.5 * ((rate + 0.5) / 0.2) ** 2
+
+
+KINDS = {
+    "a noise of parameters": {"noise": noise_of},
+    "a density of one's own": {"likelihood": own},
+    "a residual": {"residual": lambda p, o, params: (p - o) / noise_of(params)},
+    "a known noise": {"noise": float(np.exp(AT["noise"]))},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_objective_has_the_value_and_the_slope_of_its_likelihood(kind):
+    objective = of_observations(posed(prior=prior_of, **KINDS[kind]), jnp.asarray(TS[-1]))
+
+    @jax.jit
+    def near(flat):
+        def twice(flat):
+            found = objective.quantities(flat, FLAT)
+            return found, found
+
+        jacobian, quantities = jax.jacfwd(twice, has_aux=True)(flat)
+        return objective.local(flat, FLAT, quantities, jacobian)
+
+    found, n = near(FLAT), SEEN.sum()
+    # Those that are not densities are above a perfect fit.
+    above = 0.0 if kind in ("a noise of parameters", "a density of one's own") else n * (
+        AT["noise"] + 0.5 * np.log(2 * np.pi)
+    )  # fmt: skip
+    np.testing.assert_allclose(found.cost, nll_of(FLAT) - above, rtol=1e-9)
+    apart = 1e-5 * np.eye(3)
+    slopes = [(near(FLAT + step).cost - near(FLAT - step).cost) / 2e-5 for step in apart]
+    np.testing.assert_allclose(found.residuals @ found.jacobian, slopes, rtol=1e-5, atol=1e-5)
+    # Fisher's information: squares of the slopes of predictions, the noise, and the prior.
+    if kind in ("a noise of parameters", "a known noise"):
+        predicted = AT["size"] * np.exp(-np.exp(AT["rate"]) * TS)[SEEN]
+        along = np.stack([0 * predicted, -np.exp(AT["rate"]) * TS[SEEN] * predicted,
+                          predicted / AT["size"]], 1)  # fmt: skip
+        expected = along.T @ along / np.exp(2 * AT["noise"]) + np.diag([0.0, 25.0, 0.0])
+        expected[0, 0] = 2 * n if kind == "a noise of parameters" else 0.0
+        np.testing.assert_allclose(found.jacobian.T @ found.jacobian, expected, atol=1e-8)
+
+
+def test_few_observations_leave_the_noise_where_the_search_began():
+    """They can be fitted exactly, by a noise of zero."""
+    problem, other = posed(noise=noise_of), FLAT + jnp.array([0.7, 0.0, 0.0])
+    for end, noise in ((TS[3], AT["noise"]), (TS[-1], AT["noise"] + 0.7)):
+        objective = of_observations(problem, jnp.asarray(end))
+        quantities = objective.quantities(other, FLAT)
+        np.testing.assert_allclose(quantities[-len(TS) :], noise)
+        cost = objective.local(other, FLAT, quantities, jnp.zeros((len(quantities), 3))).cost
+        at = [noise, AT["rate"], AT["size"]]
+        prior = 0.5 * ((AT["rate"] + 0.5) / 0.2) ** 2
+        np.testing.assert_allclose(cost, nll_of(at, end) - prior, rtol=1e-9)
+
+
+def test_predictions_stay_what_they_are_at_the_end():
+    problem = posed(noise=noise_of)
+    predicted = problem.predicted(problem.unravel(FLAT), jnp.asarray(TS[3]))[:, 0]
+    expected = AT["size"] * np.exp(-np.exp(AT["rate"]) * np.minimum(TS, TS[3]))
+    np.testing.assert_allclose(predicted, expected, rtol=1e-12)
+    np.testing.assert_array_equal(problem.seen(jnp.asarray(TS[3]))[:, 0], SEEN & (TS[3] >= TS))
+
+
+def test_parts_of_the_times_hold_more_observations_than_parameters():
+    problem = posed(noise=noise_of)
+    # The first four, of which one is missing, are three, as many as the parameters.
+    ends = [float(_end(problem, number)) for number in range(5)]
+    np.testing.assert_allclose(ends, [TS[4], TS[4], TS[4], TS[4], TS[7]])
+    long = np.arange(1.0, 65.0)
+    many = posed_problem(DECAY, begin, long, np.ones((64, 1)), STARTS, noise=noise_of)[0]
+    ends = [float(_end(many, number)) for number in range(6)]
+    np.testing.assert_allclose(ends, [4, 8, 16, 32, 64, 64])
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e3])
+def test_tolerances_are_in_units_of_the_data(unit):
+    """Of the states, where they are observed, but not above one."""
+    ys = unit * YS[:, None]
+    problem = posed_problem(DECAY, begin, TS, ys, STARTS, noise=unit)[0]
+    spread = np.nanstd(ys)
+    np.testing.assert_allclose(problem.options["atol"], 1e-6 * min(spread, 1.0), rtol=1e-9)
+    observed = posed_problem(
+        DECAY, begin, TS, ys, STARTS, noise=unit, observe=lambda t, y, params: 1e-9 * y
+    )[0]
+    np.testing.assert_allclose(observed.options["atol"], 1e-6)
+    assert problem.options["rtol"] == 1e-6
+    alone = posed_problem(DECAY, begin, TS, ys, STARTS)[0]
+    np.testing.assert_allclose(alone.noise, spread, rtol=1e-9)  # as if it were the noise
+    assert alone.estimated
+    given = posed_problem(DECAY, begin, TS, ys, STARTS, options={"atol": 1e-3})[0]
+    assert given.options["atol"] == 1e-3
+
+
+def test_slopes_of_what_is_missing_do_not_count():
+    """And each series counts by the spread of its slopes."""
+    problem, flats, box = posed_problem(
+        KnownSolution(lambda t, y, p: t * jnp.stack([p["rate"], 1e3 * p["size"]]), None),
+        np.zeros(2), TS, np.stack([np.where(SEEN, 1.5 * TS**2, np.nan), 2.5e3 * TS**2], 1),
+        {name: STARTS[name] for name in ("rate", "size")},
+    )  # fmt: skip
+    ends, costs = match_slopes(problem, flats, box, Budget(None, None, False))
+    np.testing.assert_allclose(ends, [[3.0, 5.0]], rtol=0.05)  # of splines of eight
+    assert costs[0] < 0.5
+    values = jnp.zeros((8, 2))
+    scale = jnp.asarray(np.where(SEEN[:, None], 2.0, np.inf) * np.ones(2))
+    off = OfSlopes(problem, values, values, scale).quantities(jnp.array([3.0, 0.0]), flats[0])
+    np.testing.assert_allclose(off.reshape(8, 2)[:, 0], np.where(SEEN, 1.5 * TS, 0.0))

@@ -1,0 +1,147 @@
+"""What is said of the end of a search: from ends as a search may leave them, without one."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_forms import KnownSolution, known_solutions, posed_problem
+from scipy import stats
+
+from jaxode.estimation.bounds import names
+from jaxode.estimation.budget import Budget
+from jaxode.estimation.estimate import _described
+from jaxode.estimation.starts import Ends, Runs
+from jaxode.estimation.uncertainty import uncertainty
+
+TS = np.linspace(0.1, 3.0, 30)
+NOISE = 0.02
+RNG = np.random.default_rng(3)
+BEST = np.array([0.2, 2.0])
+YS = BEST[1] * np.exp(-np.exp(BEST[0]) * TS) + NOISE * RNG.normal(size=30)
+STARTS = {"rate": np.array([0.0, 1.0]), "size": np.ones(2)}
+DECAY = KnownSolution(
+    lambda t, y, params: -jnp.exp(params["rate"]) * y,
+    lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def solutions():
+    with known_solutions():
+        yield
+
+
+def described(
+    flats=(BEST, BEST), costs=(0.0, 0.0), converged=True, budget=None, starts=STARTS, **options
+):
+    """What `estimate` makes of ends at `flats`, with costs above those of the known noise."""
+    problem, _, box = posed_problem(
+        DECAY, lambda params: params["size"][None], TS, YS[:, None], starts, **options
+    )
+    unit = NOISE if "noise" in options else float(problem.noise)
+    rate, size = BEST
+    shape = np.exp(-np.exp(rate) * TS)
+    residuals = (size * shape - YS) / unit
+    slopes = np.stack([-size * np.exp(rate) * TS * shape, shape], 1) / unit
+    runs, costs = Runs(np.array(flats), np.array([[0], [1]])), np.array(costs)
+    ends = Ends(
+        runs, 0.5 * np.sum(residuals**2) + costs, np.full(2, converged),
+        np.tile(residuals, (2, 1)), np.tile(slopes, (2, 1, 1)),
+    )  # fmt: skip
+    return _described(problem, ends, box, 2, budget or Budget(None, None, False)), slopes
+
+
+def test_ends_are_described_by_the_best_of_them():
+    found, slopes = described(flats=(BEST + 1.0, BEST), costs=(9.0, 0.0), noise=NOISE)
+    np.testing.assert_allclose([*found.params.values()], BEST)
+    np.testing.assert_allclose(found.covariance, np.linalg.inv(slopes.T @ slopes), rtol=1e-9)
+    np.testing.assert_allclose(found.starts["rate"], [BEST[0] + 1.0, BEST[0]])
+    np.testing.assert_allclose(found.costs - found.cost, [9.0, 0.0])
+    predicted = BEST[1] * np.exp(-np.exp(BEST[0]) * TS)
+    nll = -stats.norm.logpdf(YS, predicted, NOISE).sum()
+    np.testing.assert_allclose(found.nll, nll, rtol=1e-9)
+    np.testing.assert_allclose(found.aic, 2 * nll + 4, rtol=1e-9)
+    np.testing.assert_allclose(found.bic, 2 * nll + 2 * np.log(30), rtol=1e-9)
+
+
+def test_a_noise_that_the_residuals_say_is_a_parameter_of_the_criteria():
+    found, _ = described()
+    residuals = YS - BEST[1] * np.exp(-np.exp(BEST[0]) * TS)
+    np.testing.assert_allclose(found.noise, np.sqrt(np.sum(residuals**2) / 28), rtol=1e-9)
+    np.testing.assert_allclose(found.cost, np.sum(residuals**2) / 2, rtol=1e-9)
+    likeliest = np.sqrt(np.mean(residuals**2))
+    nll = -stats.norm.logpdf(residuals, 0.0, likeliest).sum()
+    np.testing.assert_allclose(found.nll, nll, rtol=1e-9)
+    np.testing.assert_allclose(found.aic, 2 * nll + 6, rtol=1e-9)
+    np.testing.assert_allclose(found.bic, 2 * nll + 3 * np.log(30), rtol=1e-9)
+
+
+def test_modes_that_are_as_likely_are_told_and_others_are_not():
+    other = BEST + np.array([0.7, 0.0])
+    words = r"as likely: \['rate'\] 0.2 or 0.9. Choose"
+    with pytest.warns(UserWarning, match=words):
+        described(flats=(BEST, other), costs=(0.0, 0.005), noise=NOISE)
+    described(flats=(BEST, other), costs=(0.0, 0.5), noise=NOISE)
+    described(flats=(BEST, BEST + 1e-4), noise=NOISE)  # by less than an error
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_parameter_at_a_bound_has_no_error_and_the_others_have_theirs(side):
+    bounds = [(0.0, -np.inf), (BEST[0], np.inf)] if side else [(BEST[0], -np.inf), (1.0, np.inf)]
+    bounds = tuple(dict(zip(("rate", "size"), bound, strict=True)) for bound in bounds)
+    starts = {"rate": np.full(2, BEST[0]), "size": np.ones(2)}
+    with pytest.warns(UserWarning, match=r"estimate: \['rate'\] ended at a bound. The"):
+        found, slopes = described(starts=starts, bounds=bounds, noise=NOISE)
+    assert np.isnan(found.errors["rate"])
+    np.testing.assert_allclose(found.errors["size"], np.sum(slopes[:, 1] ** 2) ** -0.5, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (Budget(None, 7, False), "did not converge in 7 steps"),
+        (Budget(0, None, False), "was ended by seconds=0 before it converged"),
+    ],
+)
+def test_it_says_why_a_search_has_not_converged(budget, words):
+    with pytest.warns(UserWarning, match=words):
+        found, _ = described(converged=False, budget=budget, noise=NOISE)
+    assert not found.converged
+    assert str(found).startswith("Estimate: not converged, cost ")
+
+
+def test_a_search_that_was_stopped_says_so():
+    budget = Budget(None, None, False)
+    with budget.until_stopped():
+        raise KeyboardInterrupt
+    assert budget.over
+    assert budget.describe() == "was ended by Ctrl-C before it converged"
+    with pytest.raises(KeyboardInterrupt), budget.until_stopped():  # a second one
+        raise KeyboardInterrupt
+
+
+def test_progress_names_the_part_the_starts_and_the_best_cost(capfd):
+    for seconds, of in ((None, ""), (60, " of 60")):
+        budget = Budget(seconds, None, True)
+        budget.show("estimate: part", 3, 8, 1.25)
+        budget.finish()
+        line = f"estimate: part: 3 of 8 starts, best cost 1.25, 0{of} s"
+        assert line in capfd.readouterr().err
+    Budget(None, None, False).show("part", 1, 2, 3.0)
+    assert not capfd.readouterr().err
+
+
+def test_each_number_has_a_name():
+    template = {"k": jnp.zeros(2), "m": jnp.zeros(()), "t": (jnp.zeros((1, 2)),)}
+    expected = ["['k'][0]", "['k'][1]", "['m']", "['t'][0][0][0]", "['t'][0][0][1]"]
+    assert names(template) == expected
+    assert names(jnp.zeros(())) == ["params"]
+
+
+def test_one_residual_determines_neither_of_two_parameters():
+    free = np.full(2, True)
+    covariance, errors = uncertainty(np.array([[2.0, 3.0]]), 1.0, 1e-7, free)
+    assert np.isinf(errors).all()
+    np.testing.assert_array_equal(covariance, np.diag([np.inf, np.inf]))
+    # One that changes nothing leaves the other's.
+    _, errors = uncertainty(np.array([[2.0, 0.0]]), 9.0, 1e-7, free)
+    np.testing.assert_allclose(errors, [1.5, np.inf])
