@@ -329,7 +329,8 @@ def _linear_transpose(
 ):
     del types
     count = len(moved)
-    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
+    inputs, record = [*leaves[:count]], [*leaves[count : count + kept]]
+    dots = leaves[count + kept :]
     touched = tuple(not _is_still(bar) for bar in bars)
     nothing = [None] * (count + kept)
     if not any(touched):

@@ -15,6 +15,7 @@ FIRST = {
         "tests/test_inputs.py",
     ),
     "_jax": ("tests/_jax",),
+    "_jax/modes": ("tests/_jax/test_modes.py",),
     "_jax/tangents": (
         "tests/ode/test_jumps.py",
         "tests/ode/test_steady.py",
@@ -146,6 +147,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "first = 0"),
     # NaN derivatives of a change that did not happen reach the gradient.
     ("_jax/tangents.py", "return jnp.where(needed, x, jax.lax.stop_gradient(x))", "return x"),
+    # The tangent of a gradient forgets its point, cotangents are exchanged, and the cotangent of a
+    # gradient is the gradient.
+    ("_jax/modes.py", "    if not any(along_inputs):", "    if True:"),
+    ("_jax/modes.py", "bars_of, dots_of = _value", "dots_of, bars_of = _value"),
+    ("_jax/modes.py", "by_input = _pushed(swept, along, inputs, ways)", "by_input = swept(inputs)"),
     # Wrong under `jax.vmap` with `in_axes=1`.
     ("_jax/vmap_rule.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
     # The reference of all errors is as loose as what it judges.

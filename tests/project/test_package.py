@@ -133,14 +133,14 @@ def test_a_file_that_compiles_more_than_its_row_allows_is_told(monkeypatch, tmp_
     table.write_text("file\tprograms\ntests/test_a.py\t3\n")
     monkeypatch.setattr(costs, "TABLE", table)
     meter = costs.Costs(None)
-    for file, programs, slow in (("a", 3, False), ("a", 9, True), ("b", 1, False)):
+    for file, programs, slow in (("a", 4, False), ("a", 9, True), ("b", 50, False)):
         cost = [*costs.Cost(0.5, 0.2, programs, 1), slow]
         report = SimpleNamespace(
             when="teardown", nodeid=f"tests/test_{file}.py::test", user_properties=[("cost", cost)]
         )
         meter.pytest_runtest_logreport(report)
-    assert meter.excess == ["tests/test_b.py compiled 1 programs; its row allows 0."]
-    assert meter.lines()[1].split("\t") == ["1.5", "0.6", "13", "3", "all"]
+    assert meter.excess == ["tests/test_a.py compiled 4 programs; its row allows 3."]
+    assert meter.lines()[1].split("\t") == ["1.5", "0.6", "63", "3", "all"]
 
 
 # A file that changes, and a test file that the change affects, or does not.
