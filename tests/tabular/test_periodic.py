@@ -27,7 +27,8 @@ NUMBERS = {
     "radians": (np.round(np.radians(NORTH), 2), 2 * math.pi),
     "signed radians": (np.round(np.radians(NORTH - 180), 2), 2 * math.pi),
     "continuous": (NORTH, 360.0),
-    "more than one turn": (np.round(NORTH * 3, 1), 360.0),
+    # Twice each: decimals that hardly repeat count as continuous.
+    "more than one turn": (np.round(np.tile(NORTH[: N // 2], 2) * 3, 1), 360.0),
 }
 
 
