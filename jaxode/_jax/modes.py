@@ -138,9 +138,7 @@ def differentiable(
         return [*outputs, *others]
 
     program = jax.make_jaxpr(flat)(*inputs)
-    out = _value.bind(
-        *inputs, program=program, function=function, inputs=len(inputs), outputs=counts[0]
-    )
+    out = _bind_value(program, function, inputs, len(inputs), counts[0])
     return out[: counts[0]], out[counts[0] :]
 
 
@@ -174,9 +172,7 @@ def sweep_of(
 
     leaves = *inputs, *bars, *record
     program = jax.make_jaxpr(flat)(*leaves)
-    return _value.bind(
-        *leaves, program=program, function=back, inputs=middle, outputs=len(program.out_avals)
-    )  # fmt: skip
+    return _bind_value(program, back, leaves, middle, len(program.out_avals))
 
 
 def _named(over: Any) -> dict[str, Any]:
@@ -228,9 +224,6 @@ def _zeros(like: Any) -> Array:
 # Binds `program(*inputs, *record)`: outputs and others. Derivatives are those of `function`.
 _value = Primitive("with_sweep")
 _value.multiple_results = True
-# Binds `program(*inputs)`: outputs, others and the record. Only the outputs have derivatives.
-_record = Primitive("recorded_with_sweep")
-_record.multiple_results = True
 # The tangents of the outputs. Inputs, the record, and tangents of the inputs that moved. The latter
 # and the outputs may have leading axes, `lanes`.
 _linear = Primitive("tangent_with_sweep")
@@ -258,45 +251,40 @@ def _bind_linear(function: WithSweep, moved: Flags, inputs, kept, dots, types, l
     return _linear.bind(*inputs, *kept, *dots, lanes=lanes, types=types, **params)
 
 
+def _bind_value(program: ClosedJaxpr, function: WithSweep, leaves, inputs: int, outputs: int):
+    return _value.bind(*leaves, program=program, function=function, inputs=inputs, outputs=outputs)
+
+
 def _value_jvp(primals, tangents, *, program, function: WithSweep, inputs: int, outputs: int):
     at, moved = [*primals[:inputs]], tuple(not _is_still(dot) for dot in tangents[:inputs])
-    if not any(moved):
-        out = _value.bind(
-            *primals, program=program, function=function, inputs=inputs, outputs=outputs
-        )  # fmt: skip
-        return out, [ad.Zero(_tangent_type(x)) for x in out]
     kept = []
-    if function.record is None:
-        out = _value.bind(
-            *primals, program=program, function=function, inputs=inputs, outputs=outputs
-        )  # fmt: skip
+    if function.record is not None and any(moved):
+        out, kept = _recorded(function, moved, at, outputs)
     else:
-        of_all, counts = function.record, []
-
-        def record(*inputs):
-            parts = of_all(moved, [*inputs])
-            counts.extend(map(len, parts))
-            return [x for part in parts for x in part]
-
-        recorded = jax.make_jaxpr(record)(*at)
-        *most, number = counts
-        out = _record.bind(*at, program=recorded, function=function, outputs=outputs)
-        out, kept = out[: sum(most)], out[sum(most) :]
-        assert len(kept) == number
-    types = tuple(_tangent_type(x) for x in out[:outputs])
-    dots = _bind_linear(function, moved, at, kept, _chosen(moved, tangents[:inputs]), types)
-    return out, dots + [ad.Zero(_tangent_type(x)) for x in out[outputs:]]
-
-
-def _record_jvp(primals, tangents, *, program, function: WithSweep, outputs: int):
-    out = _record.bind(*primals, program=program, function=function, outputs=outputs)
+        out = _bind_value(program, function, primals, inputs, outputs)
     still = [ad.Zero(_tangent_type(x)) for x in out]
-    moved = tuple(not _is_still(dot) for dot in tangents)
     if not any(moved):
         return out, still
     types = tuple(_tangent_type(x) for x in out[:outputs])
-    dots = _bind_linear(function, moved, primals, [], _chosen(moved, tangents), types)
+    dots = _bind_linear(function, moved, at, kept, _chosen(moved, tangents[:inputs]), types)
     return out, dots + still[outputs:]
+
+
+def _recorded(function: WithSweep, moved: Flags, inputs: Arrays, outputs: int):
+    """All outputs, whose derivatives need no record, and the record, which has none."""
+    assert function.record is not None
+    run, lengths = function.record, []
+
+    def record(*inputs):
+        parts = run(moved, [*inputs])
+        lengths.append(len(parts[2]))
+        return [x for part in parts for x in part]
+
+    program = jax.make_jaxpr(record)(*inputs)
+    again = WithSweep(function.value, function.sweep)
+    out = _bind_value(program, again, inputs, len(inputs), outputs)
+    number = len(out) - lengths[0]
+    return out[:number], out[number:]
 
 
 def _linear_jvp(
@@ -364,23 +352,10 @@ def _spread(x, axis, size: int):
     return jnp.broadcast_to(x, (size, *x.shape)) if axis is None else x
 
 
-def _mapped_program(program: ClosedJaxpr, leaves, axes, over) -> ClosedJaxpr:
-    return jax.make_jaxpr(jax.vmap(jaxpr_as_fun(program), axes, **_named(over)))(*leaves)
-
-
 def _value_batched(over, leaves, axes, *, program, function: WithSweep, inputs: int, outputs: int):
     leaves, axes = _to_front(leaves, axes)
-    out = _value.bind(
-        *leaves, program=_mapped_program(program, leaves, axes, over),
-        function=function.mapped(axes[:inputs], over), inputs=inputs, outputs=outputs,
-    )  # fmt: skip
-    return out, [0] * len(out)
-
-
-def _record_batched(over, leaves, axes, *, program, function: WithSweep, outputs: int):
-    leaves, axes = _to_front(leaves, axes)
-    program, function = _mapped_program(program, leaves, axes, over), function.mapped(axes, over)
-    out = _record.bind(*leaves, program=program, function=function, outputs=outputs)
+    program = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(program), axes, **_named(over)))(*leaves)
+    out = _bind_value(program, function.mapped(axes[:inputs], over), leaves, inputs, outputs)
     return out, [0] * len(out)
 
 
@@ -415,19 +390,17 @@ def _with_axis(like: Any, size: int, axis: int) -> Any:
     return like.update(shape=(*like.shape[:axis], size, *like.shape[axis:]))
 
 
-for _primitive in (_value, _record):
-    _primitive.def_impl(_run)
-    _primitive.def_abstract_eval(lambda *_, program, **__: program.out_avals)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=True))
-    _primitive.to_lojax = _run
+_value.def_impl(_run)
+_value.def_abstract_eval(lambda *_, program, **__: program.out_avals)
 _linear.def_impl(_run_linear)
 _linear.def_abstract_eval(lambda *_, types, **__: types)
-mlir.register_lowering(_linear, mlir.lower_fun(_run_linear, multiple_results=True))
-_linear.to_lojax = _run_linear
 ad.primitive_jvps[_value] = _value_jvp
-ad.primitive_jvps[_record] = _record_jvp
 ad.primitive_jvps[_linear] = _linear_jvp
 ad.primitive_transposes[_linear] = _linear_transpose
-fancy_primitive_batchers[_value] = _batched(_value_batched, _value)
-fancy_primitive_batchers[_record] = _batched(_record_batched, _record)
-fancy_primitive_batchers[_linear] = _batched(_linear_batched, _linear)
+for _primitive, _program, _rule in (
+    (_value, _run, _value_batched),
+    (_linear, _run_linear, _linear_batched),
+):
+    mlir.register_lowering(_primitive, mlir.lower_fun(_program, multiple_results=True))
+    _primitive.to_lojax = _program  # as in `vmap_rule.py`
+    fancy_primitive_batchers[_primitive] = _batched(_rule, _primitive)

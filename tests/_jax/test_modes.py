@@ -147,3 +147,23 @@ def test_other_outputs_have_no_derivative():
     outputs, others = jax.jit(functools.partial(differentiable, FUNCTION, run))([Y, P])
     np.testing.assert_allclose(outputs[0], plain(Y, P), rtol=1e-14)
     assert int(others[0]) == STEPS
+
+
+def summed(leaves):
+    return [jax.lax.psum(jnp.sin(leaves[0]), "rows")]
+
+
+def sweep_of_sum(moved, touched, leaves, bars):
+    return [jnp.cos(leaves[0]) * jax.lax.psum(bars[0], "rows")]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_rows_that_are_mapped_by_name_may_exchange_values(order):
+    function = WithSweep(summed, sweep_of_sum)
+    own = lambda x: differentiable(function, lambda x: (summed(x), []), [x])[0][0]
+    x, found = jnp.arange(3.0), []
+    for f in (own, lambda x: summed([x])[0]):
+        way = jax.grad(f)
+        way = way if order == 1 else jax.grad(lambda x, way=way: way(x))
+        found.append(jax.jit(jax.vmap(way, axis_name="rows"))(x))
+    np.testing.assert_allclose(*found, rtol=1e-12)

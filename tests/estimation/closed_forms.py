@@ -31,6 +31,13 @@ class KnownSolution:
         return self.field(t, y, args)
 
 
+def decay(t, y, params):
+    return -jnp.exp(params["rate"]) * y
+
+
+DECAY = KnownSolution(decay, lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t))
+
+
 def solved(f, y0, t0, t1, args, *, ts, batch=None, row_args=None, jumps=None, **options):
     """As `jaxode.solve` for what estimates ask for."""
     if not isinstance(f, KnownSolution):

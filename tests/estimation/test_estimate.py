@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import KnownSolution, known_solutions, posed_problem
+from closed_forms import DECAY, KnownSolution, decay, posed_problem
 from helpers import with_slow
 from jax.flatten_util import ravel_pytree
 from scipy.optimize import curve_fit, minimize_scalar
@@ -32,25 +32,8 @@ KNOWN = {"rate": 0.2, "size": 2.0}
 RNG = np.random.default_rng(0)
 
 
-def decay(t, y, params):
-    return -jnp.exp(params["rate"]) * y
-
-
 def start(params):
     return params["size"][None]
-
-
-def decayed(t, y0, params):
-    return y0 * jnp.exp(-jnp.exp(params["rate"]) * t)
-
-
-DECAY = KnownSolution(decay, decayed)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solutions():
-    with known_solutions():
-        yield
 
 
 def closed(t, rate, size):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import KnownSolution, known_solutions, posed_problem
+from closed_forms import DECAY, KnownSolution, posed_problem
 from helpers import with_slow
 from scipy import optimize, stats
 
@@ -19,10 +19,6 @@ TS = np.linspace(0.2, 6.0, 30)
 SIZE = 30.0
 
 
-def decay(t, y, params):
-    return -jnp.exp(params["rate"]) * y
-
-
 def start(params):
     return jnp.exp(params["size"])[None]
 
@@ -33,15 +29,6 @@ def first(t, y, params):
 
 def noise_of(params):
     return jnp.exp(params["noise"])
-
-
-DECAY = KnownSolution(decay, lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solutions():
-    with known_solutions():
-        yield
 
 
 def estimated(ys, starts, **options):

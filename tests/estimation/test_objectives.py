@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import KnownSolution, known_solutions, posed_problem
+from closed_forms import DECAY, KnownSolution, posed_problem
 from scipy import stats
 
 from jaxode.estimation.budget import Budget
@@ -19,16 +19,6 @@ SEEN = ~np.isnan(YS)
 AT = {"noise": -1.5, "rate": -0.4, "size": 1.8}
 STARTS = {name: np.full(1, value) for name, value in AT.items()}
 FLAT = jnp.asarray([*AT.values()])
-DECAY = KnownSolution(
-    lambda t, y, params: -jnp.exp(params["rate"]) * y,
-    lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t),
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solutions():
-    with known_solutions():
-        yield
 
 
 def begin(params):

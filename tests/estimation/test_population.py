@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import KnownSolution, known_solutions
+from closed_forms import KnownSolution
 from helpers import with_slow
 from scipy import optimize, stats
 
@@ -30,12 +30,6 @@ def line(t, y, params):
 
 
 LINE = KnownSolution(line, lambda t, y0, params: y0 + params["slope"] * t)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solutions():
-    with known_solutions():
-        yield
 
 
 def begin(params):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import KnownSolution, known_solutions, posed_problem
+from closed_forms import DECAY, posed_problem
 from scipy import stats
 
 from jaxode.estimation.bounds import names
@@ -18,16 +18,6 @@ RNG = np.random.default_rng(3)
 BEST = np.array([0.2, 2.0])
 YS = BEST[1] * np.exp(-np.exp(BEST[0]) * TS) + NOISE * RNG.normal(size=30)
 STARTS = {"rate": np.array([0.0, 1.0]), "size": np.ones(2)}
-DECAY = KnownSolution(
-    lambda t, y, params: -jnp.exp(params["rate"]) * y,
-    lambda t, y0, params: y0 * jnp.exp(-jnp.exp(params["rate"]) * t),
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def solutions():
-    with known_solutions():
-        yield
 
 
 def described(
