@@ -7,8 +7,8 @@ NEWEST ?= $(shell for p in python3.14 python3.13 python3.12 $(PYTHON); do $$p -c
 # The lowest versions have no wheels for the newest.
 OLDEST ?= $(shell for p in python3.11 python3.12 $(PYTHON); do $$p -c "import venv, sys; print(sys.executable)" 2>/dev/null && break; done)
 BIN := .venv/bin
-# The tests of a file share compiled programs, so one worker runs them all.
-PYTEST := python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A worker keeps to neighbouring tests, which share compiled programs, until it runs out of its own.
+PYTEST := python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo help density test test-all test-changed test-benchmarks test-lowest test-newest docs docs-serve dist constraints format lint typecheck \
 	bench bench-accelerators time-to-nll posterior tables regression mixed estimate series clean
@@ -22,8 +22,9 @@ help:  ## List the targets
 density: .venv/ready  ## Train a density on two moons; the picture is out/density_2d.png
 	$(BIN)/python examples/density_2d.py --data moons
 
+# One worker runs all tests of a file, so that no program of it counts twice.
 test: .venv/ready  ## Run all but the slow tests; out/test_costs.tsv is what each file costs
-	$(BIN)/$(PYTEST) -m "not slow and not benchmarks" --programs=check --costs=out/test_costs.tsv
+	$(BIN)/$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not slow and not benchmarks" --programs=check --costs=out/test_costs.tsv
 
 test-all: .venv/full  ## Run all tests but runs of benchmarks; a library that is missing is a failure; TESTS="..." for some
 	JAXODE_TEST_INTEROP=1 $(BIN)/$(PYTEST) -m "not benchmarks" --costs=out/test_costs.tsv $(TESTS)

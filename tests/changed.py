@@ -111,8 +111,8 @@ def text_of(item: pytest.Item) -> str | None:
         return f"docs/{values['page']}"
     if file.endswith("test_examples.py") and "options" in values:
         return f"examples/{values['name']}.py"
-    if file.endswith("test_benchmarks_run.py") and "small" in values:
-        return f"benchmarks/cases/{values['name']}.py"
+    if file.endswith("test_benchmarks_run.py"):
+        return f"benchmarks/cases/{values['name']}.py" if "small" in values else file
     return "README.md" if file.endswith("test_readme.py") else None
 
 
@@ -120,8 +120,11 @@ def affected(items: Iterable[pytest.Item], changes: set[str]) -> list[pytest.Ite
     """The tests that changes of these files affect."""
     every = bool(changes & set(EVERYTHING))
     hits = functools.cache(lambda file: every or bool(needs(file) & changes))
-    test_file = lambda item: item.nodeid.partition("::")[0]
-    is_hit = lambda item: text_of(item) in changes if text_of(item) else hits(test_file(item))
+
+    def is_hit(item: pytest.Item) -> bool:
+        file, text = item.nodeid.partition("::")[0], text_of(item)
+        return bool({file, text} & changes) if text else hits(file)
+
     return [item for item in items if is_hit(item)]
 
 

@@ -36,7 +36,7 @@ class Cost(NamedTuple):
     compiling: float = 0.0
     """Seconds in which it traced, lowered and compiled, or read compiled programs."""
     programs: int = 0
-    """Compiled programs, those of single operations included, and of which one was kept."""
+    """Programs that were compiled or read from the cache, those of single operations included."""
     tests: int = 0
 
     def plus(self, other: "Cost") -> "Cost":
@@ -135,11 +135,9 @@ class Costs:
             Path(path).write_text("\n".join(self.lines()) + "\n")
         option = self.config.getoption("programs")
         if option == "write":
-            wide = {
-                file: -(-(count * 5 // 4 + COMMON) // 10) * 10
-                for file, count in self.counted.items()
+            rows = allowed() | {
+                file: count * 5 // 4 + COMMON for file, count in self.counted.items() if count
             }
-            rows = allowed() | {file: wide[file] for file, count in self.counted.items() if count}
             kept = [f"{file}\t{rows[file]}" for file in sorted(rows) if Path(file).exists()]
             TABLE.write_text("\n".join(["file\tprograms", *kept]) + "\n")
         if option == "check" and self.excess and session.exitstatus == pytest.ExitCode.OK:

@@ -358,9 +358,14 @@ RUNS += [("mixed", of_mixed, contender) for contender in tabular.CONTENDERS]
 RUNS += [("estimate", of_estimate, contender) for contender in parameter_fits.CONTENDERS]
 
 
+SMOKE = {"neural_ode_step": pytest.mark.smoke}
+
+
 @pytest.mark.filterwarnings("ignore:.*fit.seconds")  # a few steps are enough here
 @pytest.mark.parametrize(
-    ("name", "small", "of"), RUNS, ids=lambda value: getattr(value, "__name__", value)
+    ("name", "small", "of"),
+    [pytest.param(*row, marks=SMOKE.get(row[0], ())) for row in RUNS],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_every_benchmark_runs_to_its_end(name, small, of, quick, tmp_path):
     library = of.replace(",", " ").replace(";", " ").split(".")[0].split()[0].lower()

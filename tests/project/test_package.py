@@ -170,5 +170,6 @@ def test_a_page_is_affected_by_its_own_text():
         nodeid="tests/project/test_docs.py::test_code_blocks_run[steady.md]",
         callspec=SimpleNamespace(params={"page": "steady.md"}),
     )
-    assert changed.affected([item], {"docs/steady.md"}) == [item]
+    for file in ("docs/steady.md", "tests/project/test_docs.py"):
+        assert changed.affected([item], {file}) == [item]
     assert changed.affected([item], {"jaxode/ode/solve.py", "docs/start.md"}) == []
