@@ -42,7 +42,7 @@ class WithSweep(NamedTuple):
     sweep: Callable[[Flags, Flags, Arrays, Arrays], Arrays]
     """`(moved, touched, inputs, bars)` -> the cotangents of the inputs that moved."""
     record: Callable[[Flags, Arrays], tuple[Arrays, Arrays, Arrays]] | None = None
-    """`(moved, inputs)` -> outputs, other outputs, and a record for the first sweep."""
+    """`(moved, inputs)` -> outputs, other outputs, and what the first sweep reads."""
     recorded_sweep: Callable[[Flags, Flags, Arrays, Arrays, Arrays], Arrays] | None = None
     """`(moved, touched, inputs, record, bars)` -> what `sweep` returns."""
 
@@ -74,19 +74,19 @@ class WithSweep(NamedTuple):
         def value(both: Arrays) -> Arrays:
             return self.sweep(moved, touched, both[:count], both[count:])
 
-        def sweep(wanted: Flags, among: Flags, both: Arrays, ways: Arrays) -> Arrays:
+        def sweep(wanted: Flags, touched_again: Flags, both: Arrays, bars_again: Arrays) -> Arrays:
             inputs, bars = both[:count], both[count:]
-            along = _scattered(moved, among, False)
+            along = _scattered(moved, touched_again, False)
             by_input, by_bar = [], []
             if any(wanted[:count]):
 
                 def swept(inputs: Arrays) -> Arrays:
                     return self.sweep(wanted[:count], touched, inputs, bars)
 
-                by_input = _pushed(swept, along, inputs, ways)
+                by_input = _pushed(swept, along, inputs, bars_again)
             if any(wanted[count:]):
                 of_outputs = _scattered(touched, wanted[count:], False)
-                by_bar = _chosen(of_outputs, _pushed(self.value, along, inputs, ways))
+                by_bar = _chosen(of_outputs, _pushed(self.value, along, inputs, bars_again))
             return by_input + by_bar
 
         return WithSweep(value, sweep)
@@ -156,12 +156,12 @@ def sweep_of(
     `bars` and the results may have leading axes, `lanes`.
     """
     count, middle = len(moved), len(moved) + len(bars)
-    back, own = function.of_sweep(moved, touched), function.recorded_sweep
+    back, recorded_sweep = function.of_sweep(moved, touched), function.recorded_sweep
 
     def swept(inputs: Arrays, record: Arrays, bars: Arrays) -> Arrays:
-        if own is None or not record:
+        if recorded_sweep is None or not record:
             return back.value([*inputs, *bars])
-        return own(moved, touched, inputs, record, bars)
+        return recorded_sweep(moved, touched, inputs, record, bars)
 
     for _ in range(lanes):
         back = back.mapped([None] * count + [0] * len(bars))

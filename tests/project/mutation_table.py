@@ -151,7 +151,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # gradient is the gradient.
     ("_jax/modes.py", "    if not any(along_inputs):", "    if True:"),
     ("_jax/modes.py", "bars_of, dots_of = _value", "dots_of, bars_of = _value"),
-    ("_jax/modes.py", "by_input = _pushed(swept, along, inputs, ways)", "by_input = swept(inputs)"),
+    ("_jax/modes.py", "by_input = _pushed(swept, along, inputs, bars_again)",
+     "by_input = swept(inputs)"),
     # Wrong under `jax.vmap` with `in_axes=1`.
     ("_jax/vmap_rule.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
     # The reference of all errors is as loose as what it judges.
