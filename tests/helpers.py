@@ -54,7 +54,7 @@ class GradientMethod(NamedTuple):
     exact: bool
     """Whether it differentiates the computed solution. Otherwise it solves the adjoint ODE."""
     again: tuple[Callable[..., Any], ...]
-    """The modes in which its gradient can be differentiated. Without `jax.jacrev`, that raises."""
+    """The modes in which its gradient can be differentiated."""
     gradient: Callable[..., Any] = jax.grad
     """`jax.grad`, in a mode that it has."""
     jvp: bool = False
@@ -72,6 +72,16 @@ class GradientMethod(NamedTuple):
         """Whether it can solve with error control."""
         return "steps" not in self.needs
 
+    @property
+    def modes(self):
+        """`jax.jacfwd` and `jax.jacrev`, as far as it has them."""
+        return [jax.jacfwd] * self.jvp + [jax.jacrev] * (self.gradient is jax.grad)
+
+    @property
+    def pairs(self):
+        """The modes of a second derivative: the inner one, and that of its result."""
+        return [(first, then) for first in self.modes for then in self.again]
+
     def options(self, **given):
         """The keywords of a solve by it: what it needs, unless it is `given`."""
         return {"adjoint": self.adjoint, **self.needs, **given}
@@ -80,13 +90,14 @@ class GradientMethod(NamedTuple):
 # A new one is one row.
 METHODS = {
     "discrete": GradientMethod(
-        jaxode.DiscreteAdjoint(), exact=True, again=(jax.jacfwd,)
+        jaxode.DiscreteAdjoint(), exact=True, again=(jax.jacfwd, jax.jacrev), jvp=True
     ),
     "discrete from few checkpoints": GradientMethod(
-        jaxode.DiscreteAdjoint(checkpoints=3), exact=True, again=(jax.jacfwd,), variant=True
+        jaxode.DiscreteAdjoint(checkpoints=3), exact=True, again=(jax.jacfwd, jax.jacrev),
+        jvp=True, variant=True,
     ),
     "backsolve": GradientMethod(
-        jaxode.BacksolveAdjoint(), exact=False, again=()
+        jaxode.BacksolveAdjoint(), exact=False, again=(jax.jacfwd, jax.jacrev)
     ),
     "forward": GradientMethod(
         jaxode.ForwardMode(), exact=True, again=(jax.jacfwd,), gradient=jax.jacfwd, jvp=True

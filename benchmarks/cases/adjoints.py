@@ -1,4 +1,4 @@
-"""What a gradient method costs in memory, and where the adjoint ODE recomputed backwards fails.
+"""What a gradient method and a mode cost, and where the adjoint ODE recomputed backwards fails.
 
     python -m benchmarks.cases.adjoints
 
@@ -7,12 +7,16 @@
    float32, against `DiscreteAdjoint` in float64 at 1e-11.
 3. The gradient over the tolerance, whose mesh is fixed, beside a finite difference of the computed
    loss, whose mesh moves, in float64, for van der Pol's oscillator after ten units of time.
+4. Time, in solves, and temporary memory of the modes that answer a question, such as for a Hessian.
 
-Nothing is timed, so the numbers do not depend on the load of the machine. Prints the tables; writes
+Only the last one is timed, by turns with the solve itself: the rest does not depend on the load of
+the machine. Prints the tables; writes
 benchmarks/results/adjoints.json and docs/images/adjoints.png.
 """
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +24,7 @@ import numpy as np
 
 import jaxode
 from benchmarks.harness import runner, show
-from benchmarks.harness.fairness import double_precision, temporary_bytes
+from benchmarks.harness.fairness import alternate, double_precision, ratio, temporary_bytes
 from benchmarks.harness.machine import ROOT
 
 RESULTS = runner.RESULTS / "adjoints.json"
@@ -114,6 +118,91 @@ def moving_mesh(tolerances=TOLERANCES, step=1e-6) -> list[dict]:
     return rows
 
 
+FEW, MANY = 10, 1000
+EQUAL_STEPS = 200
+
+
+def waves(t, y, p):
+    """Three states, coupled by any number of parameters."""
+    at = jnp.arange(len(p)) * 0.01 + t
+    return jnp.tanh(jnp.cos(at[None] * (1 + jnp.arange(3.0)[:, None])) @ p + y[::-1]) - y
+
+
+def mode_questions(few=FEW, many=MANY) -> dict[str, tuple[int, dict[str, Any]]]:
+    """What a user asks -> how many parameters, and the modes that answer it."""
+
+    def ends(adjoint=jaxode.DiscreteAdjoint()):
+        options = {"steps": EQUAL_STEPS, "adjoint": adjoint}
+        return lambda p: jaxode.solve(waves, jnp.zeros(3), 0.0, 5.0, p, **options).y1
+
+    def loss(*adjoint):
+        run = ends(*adjoint)
+        return lambda p: jnp.sum(run(p) ** 2)
+
+    def product(of_gradient):
+        return lambda p: of_gradient(jax.grad(loss()), p)
+
+    def transposed(gradient, p):
+        return jax.grad(lambda moved: jnp.vdot(gradient(moved), p))(p)
+
+    forward = jaxode.ForwardMode()
+    return {
+        "gradient": (many, {"jax.grad": jax.grad(loss())}),
+        "Hessian times a vector": (
+            many,
+            {
+                "jax.jvp of jax.grad": product(lambda g, p: jax.jvp(g, (p,), (p,))[1]),
+                "jax.grad of jax.grad": product(transposed),
+            },
+        ),
+        "Hessian": (
+            few,
+            {
+                "jax.hessian": jax.hessian(loss()),
+                "jax.jacrev of jax.jacrev": jax.jacrev(jax.jacrev(loss())),
+                "jax.hessian, ForwardMode()": jax.jacfwd(jax.jacfwd(loss(forward))),
+            },
+        ),
+        "Jacobian of 3 outputs": (
+            many,
+            {
+                "jax.jacrev": jax.jacrev(ends()),
+                "jax.jacfwd": jax.jacfwd(ends()),
+                "jax.jacfwd, ForwardMode()": jax.jacfwd(ends(forward)),
+            },
+        ),
+        "the same": (
+            few,
+            {
+                "jax.jacrev": jax.jacrev(ends()),
+                "jax.jacfwd": jax.jacfwd(ends()),
+                "jax.jacfwd, ForwardMode()": jax.jacfwd(ends(forward)),
+            },
+        ),
+        "solve": (many, {"": ends()}),
+    }
+
+
+def modes(seconds=60.0, few=FEW, many=MANY) -> list[dict]:
+    """Median time, in those of a solve with as many parameters, and temporary memory."""
+    questions, rows = mode_questions(few, many), []
+    (solve,) = questions.pop("solve")[1].values()
+    for question, (count, ways) in questions.items():
+        p = jnp.linspace(-0.1, 0.1, count)
+        programs = {way: jax.jit(f) for way, f in ways.items()} | {"solve": jax.jit(solve)}
+        calls = {way: functools.partial(f, p) for way, f in programs.items()}
+        for call in calls.values():
+            jax.block_until_ready(call())
+        times = alternate(calls, seconds / len(questions))
+        for way in ways:
+            rows.append({
+                "question": question, "parameters": count, "mode": way,
+                "solves": ratio(times[way], times["solve"]),
+                "bytes": temporary_bytes(programs[way], p),
+            })  # fmt: skip
+    return rows
+
+
 def over(rows: list[dict], name: str, value: str, cell) -> str:
     """The table of a value by gradient method, over what has this name."""
     values = dict.fromkeys(str(row[name]) for row in rows)
@@ -134,6 +223,19 @@ def tables(results: dict) -> list[str]:
         over(results["memory"], "steps", "states", lambda s: f"{s:.0f}"),
         over(results["contraction"], "rate", "error", error),
         show.markdown(["tolerance", *(f"{row['tolerance']:.0e}" for row in mesh)], moving),
+        show.markdown(
+            ["question", "parameters", "answered by", "time, in solves", "memory"],
+            [
+                [
+                    row["question"],
+                    f"{row['parameters']:,}",
+                    f"`{row['mode']}`",
+                    f"{row['solves']:.2g}" if row["solves"] < 10 else f"{row['solves']:.0f}",
+                    f"{row['bytes'] / 1e6:.2g} MB",
+                ]
+                for row in results["modes"]
+            ],
+        ),
     ]
 
 
@@ -156,6 +258,7 @@ def draw(results: dict, path: Path) -> None:
 
 def main() -> None:
     measured = {"memory": memory(), "contraction": contraction(), "moving mesh": moving_mesh()}
+    measured["modes"] = modes()
     print(*tables(measured), sep="\n\n")
     runner.save(RESULTS, {"jax": jax.__version__} | measured)
     draw(measured, ROOT / "docs" / "images" / "adjoints.png")

@@ -78,9 +78,9 @@ def odeint(
     Raises:
         TypeError, ValueError: at trace time, for arguments of the wrong kind.
 
-    Differentiation: once, in reverse mode, with respect to `y0`, `t`, `args` and values that `func`
-    closes over, by the adjoint ODE (`jaxode.BacksolveAdjoint`). For second derivatives, which the
-    original has by reverse over reverse, use `jaxode.solve`.
+    Differentiation: in reverse mode, any number of times, with respect to `y0`, `t`, `args` and
+    values that `func` closes over, by the adjoint ODE (`jaxode.BacksolveAdjoint`). For forward
+    mode, use `jaxode.solve`.
     """
     dtype = numeric_dtype(t)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

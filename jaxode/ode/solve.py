@@ -134,8 +134,8 @@ def solve(
 
     Differentiation: with respect to `y0`, `args`, `row_args`, `t0`, `t1`, `ts`, `breakpoints`, the
     times of `jumps`, and values that `f`, `event` and `jumps` close over.
-    With an event, by the implicit function theorem: first derivatives, and second ones if
-    `adjoint` has them.
+    By default in forward and reverse mode, to any order; with an event, by the implicit function
+    theorem, up to the second.
 
     References: Hairer, Norsett and Wanner, "Solving Ordinary Differential Equations I" (1993).
     """

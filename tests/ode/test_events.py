@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import METHODS, with_slow
+from helpers import METHODS, REVERSE, with_slow
 
 import jaxode
 from jaxode import Event, Result
@@ -220,30 +220,17 @@ def sine_of_the_time(a, method, **options):
     return jnp.sin(jaxode.solve(f, jnp.zeros(()), 0.0, 2.0, a, event=level, **options).t1)
 
 
+AGAIN_BY = [(method, again) for method in REVERSE for again in (jax.jacfwd, jax.jacrev)]
+
+
 @WITH_PIECES
-def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint():
+@pytest.mark.parametrize(("method", "again"), with_slow(AGAIN_BY, AGAIN_BY[1:]))  # a program each
+def test_second_derivatives_of_a_function_of_the_time_of_an_event_after_a_breakpoint(method, again):
     """In a scan over pieces."""
-    time = lambda a: sine_of_the_time(a, "discrete", breakpoints=[0.5], throw=False)
-    found = jax.jit(jax.jacfwd(jax.grad(time)))(1.3)
+    time = lambda a: sine_of_the_time(a, method, breakpoints=[0.5], throw=False)
+    found = jax.jit(again(jax.grad(time)))(1.3)
     exact = jax.grad(jax.grad(lambda a: jnp.sin(2 / a)))(1.3)
     np.testing.assert_allclose(found, exact, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="one"),
-        pytest.param(
-            {"breakpoints": [0.5]}, id="pieces",
-            marks=[WITH_PIECES, pytest.mark.slow],  # the same message from a longer trace
-        ),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("twice", [jax.grad, jax.jacfwd])
-def test_a_second_derivative_by_the_adjoint_ode_names_the_method_that_has_it(twice, options):
-    time = lambda a: sine_of_the_time(a, "backsolve", **options)
-    with pytest.raises(RuntimeError, match=r"first derivatives only.*jaxode\.DiscreteAdjoint\(\)"):
-        jax.eval_shape(twice(jax.grad(time)), 1.3)
 
 
 @pytest.mark.slow  # outputs of an event that ends pieces: `test_features.py`

@@ -1,5 +1,6 @@
 """The drop-in replacement against the original."""
 
+import functools
 import inspect
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, with_slow
 from jax.experimental import ode
+from jax.test_util import check_grads
 
 import jaxode
 
@@ -62,10 +64,12 @@ def test_backwards_in_time():
     assert_close(jax.tree.map(lambda y: y[::-1], back), ys, 1e-6)
 
 
-def test_a_second_derivative_names_the_way_to_it():
-    run = lambda a: jaxode.odeint(lambda y, t, a: -a * y, jnp.ones(()), T, a)[-1]
-    with pytest.raises(RuntimeError, match=r"first derivatives only.*jaxode\.DiscreteAdjoint\(\)"):
-        jax.eval_shape(jax.grad(jax.grad(run)), 0.7)
+@pytest.mark.slow  # seven programs each; second derivatives by the adjoint ODE: `test_adjoints.py`
+@pytest.mark.parametrize("name", FIELDS)
+def test_check_grads_as_the_tests_of_the_original_call_it(name):
+    func, y0, t, args = FIELDS[name]
+    run = functools.partial(jaxode.odeint, func)
+    check_grads(run, (y0, t, *args), modes=["rev"], order=2, atol=1e-3, rtol=1e-3)
 
 
 # Slow: it runs step by step in Python, as debugging does.

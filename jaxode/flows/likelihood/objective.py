@@ -19,12 +19,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField, close_field
+from jaxode._jax.modes import WithSweep, differentiable
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.vmap_rule import one_by_one, plain, with_vmap_rule
 from jaxode.flows.bases import BaseDensity, log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.quadrature import Quadrature
-from jaxode.ode.adjoints.base import Solved, in_reverse, nan_unless, once_only
+from jaxode.ode.adjoints.base import Solved, nan_unless
+from jaxode.ode.adjoints.flat import pulled_leaves, undifferentiated
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
 from jaxode.ode.adjoints.vmap import is_busy
 from jaxode.ode.loop.problem import Problem, Stepper
@@ -184,8 +186,7 @@ def _fused(objective: Objective):
     base, _ = close_field(precision, log_prob, t0, y0, ())
     inputs = Inputs(problem, costs, probes, base, objective.weights.astype(ravel.dtype))
     coefficients = objective.coefficients(ravel.dtype)
-    settings = Settings(stepper, system.adjoint, coefficients)
-    inputs = in_reverse(inputs, type(system.adjoint).__name__)
+    settings = Settings(undifferentiated(stepper), system.adjoint, coefficients)
     loss, rest = one_after_the_other(_loss, inputs, settings)
     if joint:
         *of_samples, stats, result, t_reached = rest
@@ -223,20 +224,42 @@ def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integ
     ), losses  # fmt: skip
 
 
-@eqx.filter_custom_vjp
 def _loss(inputs: Inputs, settings: Settings):
-    nothing = jax.tree.map(lambda _: False, inputs)
-    solved, quadrature = _solve(nothing, inputs, settings)
-    log_base = inputs.base(inputs.problem.t1, solved.integration.y1, ())
-    return _outcome(inputs, settings, solved, log_base, quadrature.along())[0]
+    """The loss and all that `evaluate` returns, with every mode and order of differentiation."""
+    leaves, structure = jax.tree.flatten((inputs, settings))
+    structure_of_rest: list[Any] = []
 
+    def value(leaves):
+        inputs, settings = structure.unflatten(leaves)
+        nothing = jax.tree.map(lambda _: False, inputs)
+        solved, quadrature = _solve(nothing, inputs, settings)
+        log_base = inputs.base(inputs.problem.t1, solved.integration.y1, ())
+        (loss, rest), _ = _outcome(inputs, settings, solved, log_base, quadrature.along())
+        rest, shape = jax.tree.flatten(rest)
+        structure_of_rest.append(shape)
+        return [loss], rest
 
-@_loss.def_fwd
-def _loss_forward(perturbed: Inputs, inputs: Inputs, settings: Settings):
-    def run(inputs, settings):
-        return _loss_and_bars(perturbed, inputs, settings)
+    def record(moved, leaves):
+        """The loss with its gradient, by which the sweep multiplies."""
+        perturbed, _ = structure.unflatten(moved)
 
-    return one_after_the_other(run, inputs, settings)
+        def run(inputs, settings):
+            (loss, rest), bars = _loss_and_bars(perturbed, inputs, settings)
+            return [loss], jax.tree.leaves(rest), pulled_leaves(perturbed, inputs, bars)
+
+        return one_after_the_other(run, *structure.unflatten(leaves))
+
+    def scaled(moved, touched, leaves, gradient, bars):
+        del moved, touched, leaves
+        return [bar * bars[0].astype(bar.dtype) for bar in gradient]
+
+    def sweep(moved, touched, leaves, bars):
+        *_, gradient = record(moved, leaves)
+        return scaled(moved, touched, leaves, gradient, bars)
+
+    function = WithSweep(lambda leaves: value(leaves)[0], sweep, record, scaled)
+    (loss,), rest = differentiable(function, value, leaves)
+    return loss, structure_of_rest[0].unflatten(rest)
 
 
 def one_after_the_other(run, inputs: Inputs, settings: Settings):
@@ -276,11 +299,3 @@ def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     valid = jnp.prod(nan_unless(solved.ok | solved.masked, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
     return out, eqx.filter(bars, perturbed)
-
-
-@_loss.def_bwd
-def _loss_backward(bars, out_bar, perturbed, inputs, settings):
-    del perturbed, inputs, settings
-    loss_bar, _ = out_bar
-    scaled = jax.tree.map(lambda bar: bar * loss_bar.astype(bar.dtype), bars)
-    return once_only("nll", scaled)

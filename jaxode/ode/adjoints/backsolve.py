@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import non_negative
 from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, nan_or_raise
-from jaxode._jax.primitives import nondifferentiable
+from jaxode._jax.primitives import reverse_only
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import axes_of, fori_loop, vary, while_loop
 from jaxode._jax.tangents import instantiate_zeros
@@ -31,6 +31,8 @@ from jaxode.ode.adjoints.base import (
     nan_unless,
     without_cotangent,
 )
+from jaxode.ode.adjoints.flat import FlatSolve, undifferentiated
+from jaxode.ode.adjoints.vmap import vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import padded
 from jaxode.ode.loop.problem import Problem, Slope, Stepper, weighted_sum
@@ -39,12 +41,6 @@ from jaxode.ode.loop.rows import one_row, reduce_rows
 
 # (t [rows], state [samples, m], weight [rows]) -> (derivative [samples, m], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples m"], PyTree]]
-
-
-ONCE = (
-    "BacksolveAdjoint: has first derivatives only. For second ones, use "
-    "adjoint=jaxode.DiscreteAdjoint(), with jax.jacfwd(jax.grad(...)) or jax.hessian."
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ class BacksolveAdjoint(ReverseAdjoint):
     wrong by any factor, without a warning. More times in `ts` restart the state more often and
     help. `DiscreteAdjoint` does not have this weakness.
 
-    Differentiation: once, in reverse mode. A second time raises; take `DiscreteAdjoint`.
+    Differentiation: in reverse mode, any number of times. The derivative of a gradient goes through
+    the backward solve with its steps held fixed. Forward mode raises; take `DiscreteAdjoint`.
 
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
@@ -81,6 +78,12 @@ class BacksolveAdjoint(ReverseAdjoint):
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None:
                 non_negative(name, value, "None or a finite tolerance of at least 0")
+
+    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+        def run(problem, stepper):
+            return _solve(problem, stepper, self)
+
+        return vmappable(run, reverse_only(problem, NO_FORWARD), undifferentiated(stepper))
 
     def _stepper(self, stepper: Stepper) -> Stepper:
         """The settings of the backward solve."""
@@ -119,7 +122,6 @@ class BacksolveAdjoint(ReverseAdjoint):
         Moving the time of an output moves the output along its trajectory. Moving the start time
         moves the trajectory the other way.
         """
-        solved, bar = nondifferentiable((solved, bar), msg=ONCE)
         back, quadrature = self._solved_back(solved, bar)
         problem, integration, wanted = solved.problem, solved.integration, solved.perturbed
         y0, ts = problem.y0, problem.ts
@@ -152,6 +154,39 @@ class BacksolveAdjoint(ReverseAdjoint):
                 points = ts, padded(problem, integration.ys), bar.ys
                 ts_bar = jax.lax.map(by_time, points)
         return Problem(*quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
+
+
+NO_FORWARD = (
+    "BacksolveAdjoint: can't apply forward-mode differentiation (jax.jvp, jax.jacfwd) to the "
+    "adjoint ODE, which has reverse mode (jax.grad, jax.vjp). Use the default, "
+    "adjoint=jaxode.DiscreteAdjoint(), which has both."
+)
+
+
+def _differentiable(adjoint: BacksolveAdjoint, problem: Problem, stepper: Stepper) -> Integration:
+    def run(problem, stepper):
+        return FlatSolve.of(adjoint.reverse, problem, stepper).solution()
+
+    return vmappable(run, problem, stepper)
+
+
+@eqx.filter_custom_vjp
+def _solve(problem: Problem, stepper: Stepper, adjoint: BacksolveAdjoint) -> Integration:
+    """The solution, whose gradient is the adjoint ODE."""
+    return _differentiable(adjoint, problem, stepper)
+
+
+@_solve.def_fwd
+def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: BacksolveAdjoint):
+    del perturbed
+    out = _differentiable(adjoint, problem, stepper)
+    return out, out
+
+
+@_solve.def_bwd
+def _backward(out: Integration, bar: Integration, perturbed, problem, stepper, adjoint):
+    flat = FlatSolve.of(adjoint.reverse, problem, stepper)
+    return flat.pulled_back(perturbed, (out, None), bar)
 
 
 class _Ends(NamedTuple):

@@ -1,6 +1,6 @@
 """Base classes for gradient methods."""
 
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
-from jaxode._jax.primitives import nondifferentiable_backward, reverse_only
+from jaxode.ode.adjoints.flat import FlatSolve, undifferentiated
 from jaxode.ode.adjoints.vmap import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
@@ -17,8 +17,6 @@ from jaxode.ode.loop.problem import Problem, Slope, Stepper
 from jaxode.ode.loop.rows import of_group, one_row, reduce_rows, replace_rows
 from jaxode.ode.loop.step_tangents import step_tangents
 from jaxode.ode.loop.trajectory import Trajectory
-
-T = TypeVar("T")
 
 
 class Adjoint:
@@ -184,16 +182,16 @@ def nan_unless(ok: Bool[Array, "*rows"], dtype) -> Float[Array, "*rows"]:
 
 
 class ReverseAdjoint(Adjoint):
-    """A gradient method with a backward pass of its own."""
+    """A gradient method with a backward pass of its own, in every mode and order."""
 
     checkpoints: int
     """The number of states to replay from, for a method that inherits `record`."""
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         def run(problem, stepper):
-            return solve_reverse(problem, stepper, self)
+            return FlatSolve.of(self.reverse, problem, stepper).solution()
 
-        return vmappable(run, in_reverse(problem, type(self).__name__), stepper)
+        return vmappable(run, problem, undifferentiated(stepper))
 
     def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Trajectory | None]:
         """Solve the problem, with what the backward pass needs."""
@@ -207,40 +205,22 @@ class ReverseAdjoint(Adjoint):
         """
         raise NotImplementedError
 
+    def reverse(self, wanted: Problem) -> Reverse:
+        """The record and the backward pass under `jax.vmap`, for the leaves that are `wanted`."""
 
-@eqx.filter_custom_vjp
-def solve_reverse(problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint) -> Integration:
-    """The solution, with the derivatives of the gradient method."""
-    del adjoint
-    return integrate(problem, stepper)[0]
+        def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
+            # Over an empty span, too, the field need not be finite.
+            out = recorded[0]
+            useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
+            masked = without_cotangent(bar, problem.t0) & useless
+            solved = Solved.of(ended(problem, out), wanted, stepper, recorded, masked)
+            bars = solved.mask(*self.pull_back(solved, bar))
+            stopped = out.stopped
+            if stopped is None or bars.t1 is None:
+                return bars
+            return bars._replace(t1=jnp.where(stopped, 0, bars.t1))
 
-
-@solve_reverse.def_fwd
-def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: ReverseAdjoint):
-    recorded = _reverse(adjoint, perturbed).forward(problem, stepper)
-    return recorded[0], recorded
-
-
-@solve_reverse.def_bwd
-def _backward(recorded, bar: Integration, perturbed, problem, stepper, adjoint):
-    bars = _reverse(adjoint, perturbed).backward(recorded, bar, problem, stepper)
-    return once_only(type(adjoint).__name__, bars)
-
-
-def _reverse(adjoint: ReverseAdjoint, perturbed: Problem) -> Reverse:
-    def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
-        # Over an empty span, too, the field need not be finite.
-        out = recorded[0]
-        useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
-        masked = without_cotangent(bar, problem.t0) & useless
-        solved = Solved.of(ended(problem, out), wanted, stepper, recorded, masked)
-        bars = solved.mask(*adjoint.pull_back(solved, bar))
-        stopped = out.stopped
-        if stopped is None or bars.t1 is None:
-            return bars
-        return bars._replace(t1=jnp.where(stopped, 0, bars.t1))
-
-    return Reverse(adjoint.record, pull, perturbed)
+        return Reverse(self.record, pull, wanted)
 
 
 def ended(problem: Problem, out: Integration) -> Problem:
@@ -251,21 +231,3 @@ def ended(problem: Problem, out: Integration) -> Problem:
     if ts is not None:
         ts = jnp.where(out.stopped[None] & beyond(problem, t1), t1[None], ts)
     return problem._replace(t1=t1, ts=ts)
-
-
-def in_reverse(inputs: T, name: str) -> T:
-    """The inputs of a gradient method. Forward mode raises an error."""
-    message = (
-        f"{name}: can't apply forward-mode differentiation (jax.jvp, jax.jacfwd) to this gradient "
-        "method, which has reverse mode (jax.grad, jax.vjp). Use adjoint=jaxode.ForwardMode()."
-    )
-    return reverse_only(inputs, message)
-
-
-def once_only(name: str, cotangents: PyTree) -> PyTree:
-    """The cotangents of a solve. Differentiating them in reverse mode raises an error."""
-    message = (
-        f"{name}: the gradient of a solve can be differentiated in forward mode only. "
-        "Use jax.jacfwd(jax.grad(...)), or jax.hessian."
-    )
-    return nondifferentiable_backward(cotangents, msg=message)

@@ -33,8 +33,8 @@ class DiscreteAdjoint(ReverseAdjoint):
     of steps, plus `max_steps` scalars (per row, with per-sample steps). To save time, the first
     states keep their stages, in at most 8 MiB.
 
-    Differentiation treats the steps as constants: relative to `t0` and `t1` they stay where they
-    are, and the error control is not differentiated.
+    Differentiation, in forward and reverse mode and to any order, treats the steps as constants:
+    relative to `t0` and `t1` they stay where they are, and the error control is not differentiated.
 
     Args:
         checkpoints: number of states to keep, at least 2. Fewer save memory but replay more steps.

@@ -31,7 +31,9 @@ class Factors(NamedTuple):
 
 def factorize(matrix: Float[Array, "n n samples"]) -> Factors:
     """The factors. They are not finite if a matrix is singular or not finite."""
-    largest = jnp.max(jnp.abs(matrix), axis=1, initial=0)
+    # Solutions do not depend on the scale. The derivative of a maximum divides by how many entries
+    # equal it, which are none where XLA rounds two computations of an entry differently.
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(matrix)), axis=1, initial=0)
     scale = 1 / jnp.where(largest == 0, 1.0, largest)
     scaled = scale[:, None] * matrix
     if len(matrix) > MOST_UNROLLED:
