@@ -21,13 +21,8 @@ def field(t, z, a):
 
 def bound(given, event, **options):
     """A standard normal within the map."""
-    flow = jaxode.cnf(field, jaxode.standard_normal(event))
+    flow = jaxode.cnf(field, jaxode.standard_normal(event), steps=1)
     return jaxode.bind(flow, jnp.zeros(()), standardize=given, **options)
-
-
-@jax.jit
-def log_prob_of(density, x):
-    return density.log_prob(x)
 
 
 def normals(seed, *shape):
@@ -208,12 +203,13 @@ def test_a_map_on_a_support():
     data = skewed(2)
     density = bound(normal(data), 2, support=(0.0, np.inf))
     of_logarithms = bound(normal(np.log(data)), 2)
-    x = jnp.asarray([*data, -data[0]])
-    log_prob = log_prob_of(density, x)
-    expected = log_prob_of(of_logarithms, np.log(data)) - np.log(data).sum(1)
-    np.testing.assert_allclose(log_prob[:-1], expected, rtol=1e-9)
+    x = data.copy()
+    x[-1] *= -1
+    log_prob = density.log_prob(x)
+    expected = of_logarithms.log_prob(np.log(data)) - np.log(data).sum(1)
+    np.testing.assert_allclose(log_prob[:-1], expected[:-1], rtol=1e-9)
     assert log_prob[-1] == -np.inf
-    assert (jax.jit(lambda density: density.sample(KEY, (50,)))(density) > 0).all()
+    assert (density.from_flow(normals(1, 50, 2)) > 0).all()
     with pytest.raises(ValueError, match=r"support=...\): the data must lie strictly inside"):
         bound(normal(data), 2, support=(0.0, 1.0))
 
@@ -236,7 +232,7 @@ def test_known_data_inside_of_a_program(kind):
     """The map is that of outside, also after the bijection of a support."""
     data = skewed(2)
     log_prob = lambda x: bound(KINDS[kind](data), 2, support=(0.0, np.inf)).log_prob(x)
-    np.testing.assert_allclose(jax.jit(log_prob)(data[:3]), log_prob(data[:3]), rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(log_prob)(data), log_prob(data), rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["normal", "whiten"])
