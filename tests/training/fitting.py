@@ -3,6 +3,7 @@
 import functools
 import itertools
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,10 @@ import optax
 import jaxode
 from jaxode.training import loop
 from jaxode.training.dataset import Dataset
+from jaxode.training.devices import Devices
+from jaxode.training.sources import InMemory, Rows
 
+# Trainings on 200 rows or 3200 that are drawn, which look at 100, have the programs of each other.
 ROWS, STEPS = 300, 150
 FAST = optax.adam(1e-2)  # one object, so that all tests share its program
 RNG = np.random.default_rng(0)
@@ -29,10 +33,15 @@ def parameters(event=2, context_size=0):
     return jaxode.nn.Residual(event, 8, 1, key=jax.random.key(0), context_size=context_size)
 
 
-def bound(event=2, params=None, standardize=BENT, f=jaxode.nn.field, **options):
-    flow = jaxode.cnf(f, jaxode.standard_normal(event))
+def bound(event=2, params=None, standardize=BENT, f=jaxode.nn.field, steps=None, **options):
+    flow = jaxode.cnf(f, jaxode.standard_normal(event), steps=steps)
     params = parameters(event) if params is None else params
     return jaxode.bind(flow, params, standardize=standardize, **options)
+
+
+def number(value):
+    """With a dtype of its own. Without one, a training is compiled once more for its results."""
+    return jnp.asarray(value, float)
 
 
 def scaled(t, z, a):
@@ -40,8 +49,20 @@ def scaled(t, z, a):
 
 
 def cheap(**options):
-    """A density with one parameter, whose programs compile fast."""
-    return bound(**{"params": jnp.asarray(0.1), "f": scaled} | options)
+    """A density with one parameter and equal steps, whose programs compile fast."""
+    return bound(**{"params": number(0.1), "f": scaled, "steps": 4} | options)
+
+
+def moved(t, z, args):
+    """By its context, scaled."""
+    params, context = args
+    return params["scale"] * z + params["slope"] * context
+
+
+def cheap_of_contexts(**options):
+    """The same, with contexts of one number."""
+    params = {"scale": number(0.0), "slope": number(0.0)}
+    return bound(**{"params": params, "f": moved, "steps": 4} | options)
 
 
 def on(low, high):
@@ -60,13 +81,33 @@ def fitted():
     return fit(validation=OTHERS)
 
 
-@jax.jit
-def log_prob_of(density, x, context):
-    return density.log_prob(x, context=context)
-
-
 def score(density, x=OTHERS, context=None):
-    return -float(log_prob_of(density, x, context).mean())
+    return -float(density.log_prob(x, context=context).mean())
+
+
+class Model(NamedTuple):
+    """As much of a density as the loop asks for."""
+
+    params: Any
+    event_shape: tuple[int, ...] = (2,)
+
+    def with_params(self, params):
+        return self._replace(params=params)
+
+
+def minimized(loss, params, optimizer=FAST, *, steps=STEPS, x=BENT, as_vector=False, mesh=None):
+    """A training of parameters by the loop on any `loss(params, x, context, key)` of 64 rows."""
+    rows = Rows(jnp.asarray(x, jnp.float32), None)
+    value = jax.jit(lambda params: loss(params, rows.x, None, jax.random.key(0)))
+    devices = Devices.of(mesh, 64)
+    plan = loop.Plan(loop.Limits(steps), 64, progress=False, devices=devices)
+    run = loop.Training(
+        Model(params), InMemory(rows), lambda key: rows, lambda params: float(value(params)),
+        plan, loop.Clock(0.0),
+    )  # fmt: skip
+    phase = loop.Phase("matching", loss, optimizer, jax.random.key(1), as_vector=as_vector)
+    run.train(phase, plan.limits)
+    return run
 
 
 def equal(a, b):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import with_slow
+from fitting import STEPS, cheap, cheap_of_contexts, minimized
 from jax.sharding import Mesh
 
 import jaxode
@@ -28,13 +28,7 @@ def mesh_of(*sizes):
     return Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), tuple("ab"[: len(sizes)]))
 
 
-def bound(context_size=0, **options):
-    network = jaxode.nn.Residual(2, 8, 1, key=KEY, context_size=context_size)
-    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2))
-    return jaxode.bind(flow, network, standardize=jaxode.standardize.affine(X), **options)
-
-
-CASES = {
+CASES = CASES = {
     "two axes": ((2, 2), {}),
     "devices that do not divide the validation rows": ((8,), {"validation": X[:50]}),
     "contexts and noise": ((2,), {"context": X[:, :1], "x": np.floor(X), "dequantize": True}),
@@ -43,14 +37,13 @@ CASES = {
 }
 
 
-ONE = "contexts and noise"
-
-
-@pytest.mark.parametrize("name", with_slow(CASES, [*CASES.keys() - {ONE}]))  # trains twice
+@pytest.mark.slow  # trains twice, each with programs of its own
+@pytest.mark.parametrize("name", CASES)
 def test_the_result_is_that_of_one_device(name):
     sizes, options = CASES[name]
     options = {"x": X, "steps": 60, "batch_size": 64, "key": KEY, "progress": False, **options}
-    density = bound(1 if "context" in options else 0)
+    make = cheap_of_contexts if "context" in options else cheap
+    density = make(standardize=jaxode.standardize.affine(X))
     expected, expected_history = jaxode.fit(density, **options)
     actual, history = jaxode.fit(density, mesh=mesh_of(*sizes), **options)
     np.testing.assert_allclose(
@@ -64,10 +57,37 @@ def test_the_result_is_that_of_one_device(name):
                if isinstance(leaf, jax.Array))  # fmt: skip
 
 
+def away(params, x, context, key):
+    """The squared distance of rows, which devices have some of, to the parameters."""
+    return jnp.mean((x - params) ** 2)
+
+
+def test_the_loop_gives_the_parameters_of_one_device():
+    alone, split = (minimized(away, jnp.zeros(2), mesh=mesh) for mesh in (None, mesh_of(2, 2)))
+    np.testing.assert_allclose(split.best.params, alone.best.params, rtol=1e-4)
+    assert [point.step for point in split.points] == [0, STEPS]
+    assert (alone.best.params != 0).all()
+    assert split.devices.from_all(split.best.params).sharding.num_devices == 1
+
+
+@pytest.mark.parametrize("rows", [100, 98])
+def test_looks_are_those_of_one_device(rows):
+    """Also at rows that do not divide."""
+    density, at = cheap(), Rows(jnp.asarray(X[:rows]), None)
+    alone, split = (
+        loop.evaluation(density, at, 0.0, KEY, Devices(mesh))(density.params)
+        for mesh in (None, mesh_of(4))
+    )
+    np.testing.assert_allclose(split, alone, rtol=1e-5)
+
+
+def scaled(t, z, params):
+    return params["a"] @ z + params["b"]
+
+
 def test_devices_exchange_their_gradients_once_a_step():
-    network = jaxode.nn.Residual(2, 8, 1, key=KEY)
-    flow = jaxode.cnf(jaxode.nn.field, jaxode.standard_normal(2), throw=False)
-    arrays, static = eqx.partition(network, eqx.is_inexact_array)
+    flow = jaxode.cnf(scaled, jaxode.standard_normal(2), throw=False)
+    arrays, static = eqx.partition({"a": jnp.eye(2), "b": jnp.ones(2)}, eqx.is_inexact_array)
     loss = lambda params, x, context, key: flow.matching_loss(params, x, key=key)
     optimizer, mesh = optax.adam(1e-3), mesh_of(4)
     program = loop.Program(loss, optimizer, 64, static, loop._same, Devices(mesh))
