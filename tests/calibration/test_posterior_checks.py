@@ -36,6 +36,33 @@ def simulate(n=SIMULATIONS):
     return theta, theta + NOISE * random.normal(size=(n, 2))
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Samples of the closed form instead of the flow, whose solves take most of the seconds.
+
+    `test_ranks_are_those_of_the_closed_form` is of the flow.
+    """
+
+    def law(density, x):
+        moved, scaled = map(np.asarray, density.params)
+        return stats.norm(np.asarray(x) / (1 + NOISE**2) + moved * WIDTH, scaled * WIDTH)
+
+    def sample(density, key, shape, *, context):
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return jnp.asarray(law(density, context).rvs((*shape, 2), rng))
+
+    def log_prob(density, theta, *, context):
+        return jnp.asarray(law(density, context).logpdf(theta).sum(axis=-1))
+
+    def both(density, key, shape, *, context):
+        theta = sample(density, key, shape, context=context)
+        return theta, log_prob(density, theta, context=context)
+
+    stand_ins = {"sample": sample, "log_prob": log_prob, "sample_and_log_prob": both}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(jaxode.Density, name, stand_in)
+
+
 THETA, X = simulate()
 sbc = lambda density, **options: jaxode.calibration.sbc(density, THETA, X, key=KEY, **options)
 
@@ -43,14 +70,14 @@ sbc = lambda density, **options: jaxode.calibration.sbc(density, THETA, X, key=K
 def test_ranks_are_those_of_the_closed_form(monkeypatch):
     """A rank is binomial by the level of the parameter, with at most 3.3 deviations in 100. In two
     parts, which have contexts of their own."""
-    monkeypatch.setattr(simulations, "MAX_NUMBERS", 100 * 4000 * 4)
-    theta, x = simulate(200)
+    monkeypatch.setattr(simulations, "MAX_NUMBERS", 30 * 4000 * 4)
+    theta, x = simulate(60)
     found = jaxode.calibration.sbc(posterior(), theta, x, key=KEY, draws=4000)
     level = stats.norm.cdf((theta - x / (1 + NOISE**2)) / WIDTH)
     np.testing.assert_allclose(found.ranks / 4000, level, atol=5 * np.sqrt(0.25 / 4000))
 
 
-def test_a_right_posterior_passes():
+def test_a_right_posterior_passes(drawn):
     density = posterior()
     found = sbc(density)
     assert found.ranks.shape == (SIMULATIONS, 2)
@@ -69,7 +96,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("fault", with_slow(WRONG, ["too low", "too wide"]))  # signs alone differ
-def test_a_tenth_of_a_deviation_is_found_in_the_parameter_that_has_it(fault):
+def test_a_tenth_of_a_deviation_is_found_in_the_parameter_that_has_it(fault, drawn):
     found = sbc(posterior(*WRONG[fault]))
     assert found.p_values[0] < 1e-3 < found.p_values[1]
     first, second = str(found).splitlines()[1:]
@@ -77,7 +104,7 @@ def test_a_tenth_of_a_deviation_is_found_in_the_parameter_that_has_it(fault):
     assert "no fault found" in second
 
 
-def test_coverage_is_that_of_regions_of_a_wrong_width():
+def test_coverage_is_that_of_regions_of_a_wrong_width(drawn):
     """Both parameters are too narrow by a fifth."""
     levels = [0.5, 0.9]
     density = posterior().with_params((jnp.zeros(2), jnp.full(2, 0.8)))
@@ -89,7 +116,13 @@ def test_coverage_is_that_of_regions_of_a_wrong_width():
     assert "50% regions cover" in str(found)
 
 
-def test_tarp_finds_a_shift_of_all_parameters(monkeypatch):
+def test_the_density_of_a_flow_ranks_draws():
+    """Those of coverage are solved with their densities."""
+    found = jaxode.calibration.coverage(posterior(), THETA[:60], X[:60], key=KEY)
+    assert (np.abs(found.coverage - found.levels) < 4 * found.error).all()
+
+
+def test_tarp_finds_a_shift_of_all_parameters(monkeypatch, drawn):
     monkeypatch.setattr(simulations, "MAX_NUMBERS", 400 * SIMULATIONS)  # parts of that many
     density, (theta, x) = posterior(), simulate(4 * SIMULATIONS)
     density = density.with_params((jnp.full(2, 0.3), jnp.ones(2)))

@@ -146,9 +146,10 @@ def test_a_regressor_is_a_table():
 
 def test_a_density_is_a_table():
     """Of an array, whose samples are an array."""
-    model = FlowDensity(**FEW, kinds={"x1": "continuous"}).fit(X)
     frame = pd.DataFrame(X, columns=["x0", "x1"])
-    table, _ = tabular.fit(frame, key=key(0), steps=20, members=1, progress=False)
+    with without_training():
+        model = FlowDensity(**FEW, kinds={"x1": "continuous"}).fit(X)
+        table, _ = tabular.fit(frame, key=key(0), steps=20, members=1, progress=False)
     np.testing.assert_array_equal(model.score_samples(X), table.log_prob(frame))
     assert model.score(X) == model.score_samples(X).mean()
     np.testing.assert_allclose(model.score_samples(X[:7]), model.score_samples(X)[:7], rtol=1e-5)
@@ -168,8 +169,23 @@ def test_a_frame_of_any_library(library):
     np.testing.assert_array_equal(regressor.predict(TEXT[:2]), regressor.predict(frame[:2]))
 
 
-def test_random_states():
-    """Trains the shapes of `test_a_density_is_a_table`."""
+def with_keys(monkeypatch):
+    """In place of trainings: samples depend on the key of `tabular.fit`, besides their own."""
+
+    @dataclasses.dataclass
+    class Keyed:
+        key: jax.Array
+
+        def sample(self, key, count):
+            seeds = [np.asarray(jax.random.key_data(each)) for each in (self.key, key)]
+            rng = np.random.default_rng(np.concatenate(seeds))
+            return pd.DataFrame(rng.normal(size=(count, 2)))
+
+    monkeypatch.setattr(tabular, "fit", lambda frame, key, **options: (Keyed(key), []))
+
+
+def test_random_states(monkeypatch):
+    with_keys(monkeypatch)
     fit = lambda state: FlowDensity(**FEW | {"random_state": state}).fit(X)
     drawn = fit(0).sample(5, 2)
     np.testing.assert_array_equal(drawn, fit(0).sample(5, 2))
@@ -178,6 +194,19 @@ def test_random_states():
     np.testing.assert_array_equal(drawn, fit(None).sample(5, 2))
     assert (drawn != fit(1).sample(5, 2)).any()
     assert (fit(0).sample(5) != fit(0).sample(5)).any()
+
+
+@pytest.mark.slow  # a whole training, beside that of tabular.fit
+def test_a_trained_density_is_a_table_of_its_random_state():
+    model, again = (FlowDensity(**FEW).fit(X) for _ in range(2))
+    frame = pd.DataFrame(X, columns=["x0", "x1"])
+    table, _ = tabular.fit(frame, key=key(0), steps=20, members=1, progress=False)
+    np.testing.assert_array_equal(model.score_samples(X), table.log_prob(frame))
+    np.testing.assert_allclose(model.score_samples(X[:7]), model.score_samples(X)[:7], rtol=1e-5)
+    drawn = model.sample(5, random_state=1)
+    np.testing.assert_array_equal(drawn, table.sample(key(1), 5).to_numpy())
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(model)).sample(5, 1), drawn)
+    np.testing.assert_array_equal(again.sample(5, 1), drawn)
 
 
 def test_rows_of_weight_zero_are_left_out():
