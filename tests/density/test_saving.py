@@ -1,7 +1,6 @@
 """A density as a pytree: in transformations, on disk, and in programs that are served."""
 
 import copy
-import functools
 import pickle
 
 import equinox as eqx
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import optional, trained
+from helpers import optional, trained, with_slow
 
 import jaxode
 
@@ -93,21 +92,31 @@ def test_it_is_pickled_and_copied():
                 assert again.params.activation is f
 
 
-def test_an_exported_program_serves_any_batch_and_platform():
+def key_of(rows):
+    """A key that is known only where the rows are."""
+    return jax.random.fold_in(KEY, rows[0].astype(np.uint32))
+
+
+SERVED = {
+    "log_prob": (lambda density: density.log_prob, ("batch, 2", float), DATA[:4]),
+    "sample": (
+        lambda density: lambda rows: density.sample(key_of(rows), rows.shape),
+        ("count", np.float32), np.zeros(4, np.float32),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", with_slow(SERVED, ["sample"]))  # see the last test
+def test_an_exported_program_serves_any_batch_and_platform(name):
     """It calls nothing on the host. (Equal samples on other platforms are for their tests.)"""
-    density = density_of()
-    export = functools.partial(jax.export.export, platforms=("cpu", "cuda", "tpu"))
-    log_prob = export(jax.jit(lambda x: density.log_prob(x)))
-    draw = lambda key, rows: density.sample(jax.random.wrap_key_data(key), rows.shape)
-    shape = lambda names, dtype=float: jax.ShapeDtypeStruct(jax.export.symbolic_shape(names), dtype)
-    key, count = jax.ShapeDtypeStruct((2,), np.uint32), shape("count", np.float32)
-    served = []
-    for exported in (log_prob(shape("batch, 2")), export(jax.jit(draw))(key, count)):
-        assert "callback" not in exported.mlir_module()
-        served.append(jax.export.deserialize(exported.serialize()).call)
-    np.testing.assert_allclose(served[0](DATA[:4]), density.log_prob(DATA[:4]), rtol=1e-9)
-    given = np.asarray(jax.random.key_data(KEY)), np.zeros(4, np.float32)
-    np.testing.assert_allclose(served[1](*given), density.sample(KEY, (4,)), rtol=1e-9)
+    make, (names, dtype), rows = SERVED[name]
+    call = make(density_of())
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(names), dtype)
+    program = jax.jit(lambda x: call(x))
+    exported = jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(shape)
+    assert "callback" not in exported.mlir_module()
+    served = jax.export.deserialize(exported.serialize()).call
+    np.testing.assert_allclose(served(rows), call(rows), rtol=1e-9)
 
 
 @pytest.mark.slow  # a training from end to end, beside that of the docs
