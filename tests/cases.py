@@ -215,7 +215,7 @@ def _plan(case: Case, i: int) -> tuple[list[str], list[int]]:
     return happens, [int(np.flatnonzero(starts < time)[-1]) for time in times]
 
 
-STIFF = {"solver": jaxode.Rodas5P()}
+STIFF, JOINT = {"solver": jaxode.Rodas5P()}, {"batch": "joint"}
 # (features) A new one is one row; so is a pair of features that go together. Cases that differ in
 # numbers alone share a program.
 CASES = {
@@ -237,7 +237,11 @@ CASES = {
     "an event in spans of each row": Case("each", BOTH, "some", event="ends", level=0.22),
     "an event that changes the state": Case("share", event="changes"),
     "an event that changes the state, and a breakpoint": Case(kink=True, event="changes"),
-    "joint steps": Case("share", doses="two", kink=True, options={"batch": "joint"}),
+    "an event that changes the state, in spans of each row": Case(
+        "each", BOTH, "some", event="changes", level=0.22
+    ),
+    "joint steps": Case("share", options=JOINT),
+    "joint steps, doses and a breakpoint": Case("share", doses="two", kink=True, options=JOINT),
     "equal steps": Case("share", doses="two", kink=True, options={"steps": 60}),
     "stiff": Case("each", BOTH, options=STIFF),
     "stiff, doses and a breakpoint": Case("share", doses="two", kink=True, options=STIFF),

@@ -27,15 +27,15 @@ JOINT = [name for name, case in CASES.items() if case.is_joint]
 OF_ROWS = [name for name in CASES if name not in JOINT]
 # Each feature once, for what costs a program of its own and does not look into pieces of a solve.
 EACH_ONCE = [
-    *("the solution between steps", "doses in spans of each row", "joint steps", "equal steps"),
-    *("doses, a breakpoint and an event", "an event that changes the state"),
-    "stiff, doses and a breakpoint",
+    *("the solution between steps", "doses in spans of each row", "equal steps"),
+    *("joint steps, doses and a breakpoint", "stiff, doses and a breakpoint"),
+    *("doses, a breakpoint and an event", "an event that changes the state, in spans of each row"),
 ]
-# In `make test`: what has code of its own. The other cases are pairs of these.
+# In `make test`: what has code of its own. The other cases are pairs of these, or parts of one;
+# `tests/ode/test_stiff.py` and `tests/ode/test_breakpoints.py` test those solves fast.
 FAST = [
-    *("outputs", "outputs of each row", "the solution between steps", "doses and outputs"),
-    *("doses in spans of each row", "an event in spans of each row"),
-    *("an event that changes the state", "joint steps", "stiff"),
+    *("the solution between steps", "doses in spans of each row", "joint steps"),
+    "an event that changes the state, in spans of each row",
 ]
 
 
@@ -120,15 +120,12 @@ BY_METHOD = {
 }
 OF_ALL = ["an event that changes the state", "equal steps"]
 OF_METHODS = [(by, name) for by in BY_METHOD for name in BY_METHOD[by] + OF_ALL]
-ONLY_HERE = [
-    *(("backsolve", "doses and outputs"), ("backsolve", "an event that changes the state")),
-    ("forward", "doses and outputs"),
-]
+ONLY_HERE = [("backsolve", "doses and outputs")]
 
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    with_slow(OF_METHODS, but(OF_METHODS, ONLY_HERE)),  # each compiles for two seconds
+    with_slow(OF_METHODS, but(OF_METHODS, ONLY_HERE)),  # `test_adjoints.py` has forward mode
 )
 def test_every_method_has_the_gradient_of_the_closed_form(method, name):
     """And exact ones the same gradient where the solution is a rough one."""
@@ -161,15 +158,22 @@ RAISED = ["doses in spans of each row"]
 
 
 @pytest.mark.parametrize("name", with_slow(EACH_ONCE, but(EACH_ONCE, RAISED)))  # without gradients
-def test_a_failure_is_raised_with_its_row_or_masked(name):
-    """Without `jit`, which changes no value."""
-    case, lost = CASES[name], (np.arange(ROWS) == LOST) | (name in JOINT)
+def test_a_failure_is_raised_with_its_row(name):
+    case = CASES[name]
     rows = "" if name in JOINT else f" in 1 of {ROWS} rows, first in row {LOST}"
+    for x, _, said in failures(case):
+        if said is not None:
+            with pytest.raises(jaxode.SolveError, match=f"^{said}.*{rows}"):
+                case.solve(x, throw=True)
+
+
+@pytest.mark.slow  # the programs above without `jit`, which changes no value
+@pytest.mark.parametrize("name", EACH_ONCE)
+def test_a_failure_is_masked_without_jit(name):
+    case, lost = CASES[name], (np.arange(ROWS) == LOST) | (name in JOINT)
     for x, code, said in failures(case):
         if said is None:
             continue
-        with pytest.raises(jaxode.SolveError, match=f"^{said}.*{rows}"):
-            case.solve(x, throw=True)
         solution = case.solve(x)
         np.testing.assert_array_equal(solution.result, code * (lost[0] if name in JOINT else lost))
         np.testing.assert_array_equal(jnp.isnan(solution.y1).all(axis=1), lost)
@@ -179,9 +183,7 @@ def test_a_failure_is_raised_with_its_row_or_masked(name):
 
 
 UNDER_VMAP = ["an event in spans of each row", *(name for name in EACH_ONCE if name in OF_ROWS)]
-
-
-FEW = UNDER_VMAP[0], "doses in spans of each row"
+FEW = ["doses in spans of each row"]
 
 
 @pytest.mark.parametrize("name", with_slow(UNDER_VMAP, but(UNDER_VMAP, FEW)))  # large programs
@@ -213,7 +215,7 @@ def test_vmap_over_single_solves_is_the_solve_of_rows(name, monkeypatch):
     assert_close(run(failed, OTHERS)[0], program(name)(failed, OTHERS, TIGHT)[0], 1e-9)
 
 
-IN_SINGLE = ["an event that changes the state"]
+IN_SINGLE = ["an event that changes the state, in spans of each row"]
 
 
 @pytest.mark.parametrize("name", with_slow(EACH_ONCE, but(EACH_ONCE, IN_SINGLE)))  # alike
@@ -225,6 +227,7 @@ def test_single_precision(name):
     assert_close(found, expected(name)[1], 1e-4)
 
 
+@pytest.mark.slow  # that of a time is in `tests/ode/test_events.py`
 @pytest.mark.parametrize(("method", "again"), [case for case in AGAIN if case[0] in REVERSE])
 def test_second_derivatives(method, again):
     """Of the time of an event and of the state there, along a direction of all inputs."""

@@ -124,6 +124,18 @@ def given_to(program, name, way, changes):
 
 OF_VALUES = [(name, *row) for name, values in VALUES.items() for row in values.rows]
 IN_PROGRAMS = [(way, *row) for row in OF_VALUES for way in VALUES[row[0]].ways]
+# In `make test`, one program for each way to tell, and one for each way to make no number. What is
+# told of `x` and `context` outside of programs is told by the same code for these.
+LIKE_LOG_PROB = ["log_prob_and_error", "to_base", "from_base", "sample", "sample_and_log_prob"]
+TOLD = [("vmap", "nll"), *(("jit", name) for name in VALUES if name not in LIKE_LOG_PROB)]
+MASKED = [("jit", name) for name in ("solve", "solve with jumps", "matching_loss", "log_prob")]
+MASKED += [("vmap", "solve"), ("vmap", "nll"), ("grad", "nll")]
+
+
+def with_fast(rows, programs):
+    """Rows, of which those that begin with others than these are for the full suite alone."""
+    slow = lambda row: [pytest.mark.slow] * (row[:2] not in programs)  # the same checks, compiled
+    return [pytest.param(*row, marks=slow(row)) for row in rows]
 
 
 def in_batch(words, way):
@@ -159,14 +171,22 @@ def test_a_value_that_is_known_is_told_in_a_program(name, several, changes, word
         jax.block_until_ready(run())
 
 
-@pytest.mark.parametrize(("way", "name", "changes", "kind", "words", "start"), IN_PROGRAMS, ids=ids)
+@pytest.mark.parametrize(
+    ("way", "name", "changes", "kind", "words", "start"),
+    with_fast(IN_PROGRAMS, TOLD),
+    ids=ids,
+)
 def test_a_value_is_told_by_the_program_that_meets_it(way, name, changes, kind, words, start):
     start = start_of(name, changes, in_batch(start, way))
     with pytest.raises(AT_RUN_TIME, match=f"SolveError: {start}"):
         given_to(program(name, way, True), name, way, changes)
 
 
-@pytest.mark.parametrize(("way", "name", "changes", "kind", "words", "start"), IN_PROGRAMS, ids=ids)
+@pytest.mark.parametrize(
+    ("way", "name", "changes", "kind", "words", "start"),
+    with_fast(IN_PROGRAMS, MASKED),
+    ids=ids,
+)
 def test_a_wrong_value_makes_no_number_without_throw(way, name, changes, kind, words, start):
     """In its row alone under `jax.vmap`; and no gradient."""
     found = given_to(program(name, way, False), name, way, changes)
@@ -204,8 +224,11 @@ def test_what_keeps_the_rules_is_solved(changes):
         np.testing.assert_allclose(s["ys"][:, 0], np.exp(given["t0"] - given["ts"]), rtol=1e-2)
 
 
-@pytest.mark.parametrize(("name", "way"), [(n, w) for n in VALUES for w in VALUES[n].ways])
-def test_good_inputs_are_the_same_whether_wrong_ones_would_raise(name, way):
+WAYS = [(way, name) for name in VALUES for way in VALUES[name].ways]
+
+
+@pytest.mark.parametrize(("way", "name"), with_fast(WAYS, [way for way in TOLD if way in MASKED]))
+def test_good_inputs_are_the_same_whether_wrong_ones_would_raise(way, name):
     quiet, loud = (given_to(program(name, way, throw), name, way, {}) for throw in (False, True))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(quiet))
     jax.tree.map(np.testing.assert_array_equal, quiet, loud)

@@ -308,14 +308,34 @@ NOISY = ("log_prob", "nll")
 
 # A new feature is one row, or goes into a row with features that do not depend on it.
 CASES = {
+    "joint steps, closed form": Case(("sample", "nll"), divergence.auto(), WithClosedForm()),
+    "a context, own base, more axes": Case(
+        ("nll", "matching"), divergence.exact(chunk=2), base=logistic, event=(1, D, 1),
+        context=True, options=EACH,
+    ),
+    "regularized, backwards": Case(
+        ("nll", "path"), divergence.hutchinson(2, "gaussian"), context=True, regularized=True,
+        back=True, options=EACH | {"adjoint": jaxode.DiscreteAdjoint(3)},
+    ),
+    "starts, backwards": Case(("matching",), event=(1, D, 1), starts=True, back=True),
+    "orthogonal probes": Case(("log_prob",), divergence.hutchinson(2, "orthogonal"), options=EACH),
+    "regularized, backsolve": Case(
+        ("nll",), divergence.hutchinson(), context=True, regularized=True,
+        options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
+    ),
+    "in batches": Case(
+        ("log_prob",), divergence.hutchinson(), context=True, chunk=3, options=EACH
+    ),
+}  # fmt: skip
+# Further pairs of features, each of which is in a row above, or a test of the solver: programs of
+# many seconds.
+PAIRS = {
     "joint steps": Case(("sample", "nll"), divergence.auto()),
     "a context": Case(("nll", "matching"), context=True, options=EACH),
     "backwards": Case(
         ("nll", "path"), divergence.hutchinson(2, "gaussian"), context=True,
         back=True, options=EACH,
     ),
-    "starts, backwards": Case(("matching",), event=(1, D, 1), starts=True, back=True),
-    "orthogonal probes": Case(("log_prob",), divergence.hutchinson(2, "orthogonal"), options=EACH),
     "closed form": Case(("nll",), divergence.closed_form(), WithClosedForm(), options=EACH),
     "own divergence, order 8 in equal steps": Case(
         ("nll",), divergence.Divergence(ones, divergence.hutchinson().apply),
@@ -325,21 +345,11 @@ CASES = {
         ("nll", "matching"), divergence.exact(chunk=2), base=logistic, event=(1, D, 1),
         options=EACH,
     ),
-    "regularized, backwards": Case(
+    "regularized without a context": Case(
         ("nll",), divergence.hutchinson(2), regularized=True, back=True,
         options=EACH | {"adjoint": jaxode.DiscreteAdjoint(3)},
     ),
-    "regularized, backsolve": Case(
-        ("nll",), divergence.hutchinson(), context=True, regularized=True,
-        options=EACH | {"adjoint": jaxode.BacksolveAdjoint()},
-    ),
     "stiff": Case(("nll",), options=EACH | {"solver": jaxode.Rodas5P()}),
-    "in batches": Case(
-        ("log_prob",), divergence.hutchinson(), context=True, chunk=3, options=EACH
-    ),
-}  # fmt: skip
-# Further pairs of features, each of which is in a row above: programs of many seconds.
-PAIRS = {
     "joint steps of all losses": Case(("sample", "nll", "matching", "path"), divergence.auto()),
     "backwards with all losses": Case(
         ("nll", "matching", "path"), divergence.hutchinson(2), context=True,

@@ -88,6 +88,7 @@ def test_the_probability_flow_of_centred_particles():
         jaxode.cnf(field, base)
 
 
+@pytest.mark.slow  # programs of other libraries
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_densities_of_other_libraries(library, default_settings):
     """Values, draws and gradients, also of the matching loss."""

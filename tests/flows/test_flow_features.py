@@ -90,7 +90,10 @@ def test_a_row_that_fails_and_counts_has_no_loss():
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", ["joint steps", "a context", "in batches"])
+OF_SAMPLES = ["joint steps, closed form", "a context, own base, more axes", "in batches"]
+
+
+@pytest.mark.parametrize("name", OF_SAMPLES)
 def test_samples_without_densities_and_the_way_there_and_back(name):
     case = CASES[name]
     x, ((params, context), flow) = case.inputs, (case.args(case.inputs), case.flow(case.inputs))
@@ -102,7 +105,7 @@ def test_samples_without_densities_and_the_way_there_and_back(name):
     assert_close(flow.from_base(params, z, context=context), samples, 1e-8)
 
 
-@pytest.mark.parametrize("name", ["a context", "in batches"])
+@pytest.mark.parametrize("name", with_slow(OF_SAMPLES[1:], OF_SAMPLES[2:]))  # as one batch
 def test_single_precision_without_jit(name):
     case = CASES[name]
     x = {key: leaf.astype(jnp.float32) for key, leaf in case.inputs.items()}
@@ -115,7 +118,7 @@ def test_single_precision_without_jit(name):
 
 
 # (case, what is read off it)
-ENSEMBLES = [("joint steps", ("nll",)), ("joint steps", ("sample",))]
+ENSEMBLES = [(OF_SAMPLES[0], ("nll",)), (OF_SAMPLES[0], ("sample",))]
 ENSEMBLES += [("samples in batches", ("log_prob", "sample"))]
 
 
@@ -167,7 +170,13 @@ def test_the_gradient_of_the_loss_is_exact_for_the_computed_loss(name, monkeypat
         np.testing.assert_allclose(jax.jit(loss)(x), value, rtol=1e-13)
 
 
-@pytest.mark.parametrize(("solver", "order", "steps"), [(diffrax.Heun(), 2, 16), (None, 5, 4)])
+ORDERS = [(None, 5, 4), (diffrax.Heun(), 2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "steps"),
+    with_slow(ORDERS, ORDERS[1:]),  # its gradient is tested above
+)
 def test_the_loss_has_the_order_of_the_solver(solver, order, steps):
     x, options = OF_LOSSES.inputs, {} if solver is None else {"solver": solver}
     exact = jax.jit(OF_LOSSES.exact)(x)["nll"]
