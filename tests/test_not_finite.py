@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import AT_RUN_TIME
+from helpers import AT_RUN_TIME, with_slow
 
 import jaxode
 from jaxode import Result
@@ -19,7 +19,7 @@ def end(y0, **options):
     return jaxode.solve(decay, y0, 0.0, 1.0, 2.0, **options).y1.sum()
 
 
-@pytest.mark.parametrize("max_steps", [5, 8, 10])
+@pytest.mark.parametrize("max_steps", with_slow([5, 8, 10], [8]))  # between the others
 def test_steps_that_run_out_before_a_nan_are_not_the_cause(max_steps):
     f = lambda t, y, way: jnp.where(way * t > 0.5, jnp.nan, -way * y)
     for way in (1.0, -1.0):
@@ -48,7 +48,7 @@ FINITE = {
 }
 
 
-@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize("name", with_slow(FINITE, ["gradient of log_prob"]))  # as that of nll
 def test_a_solve_that_succeeds_passes_under_debug_nans(name):
     with jax.debug_nans(True):
         assert jnp.isfinite(FINITE[name]()).all()

@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.linalg
-from helpers import with_slow
 
 import jaxode
 from jaxode.divergence import exact, hutchinson
@@ -145,6 +144,7 @@ def test_07_adjoint_theorem():
     close(gradient()(X[0], THETA, Y[0]), (a0, b0), 1e-8)
 
 
+@pytest.mark.slow  # `test_07` has the same equations, of a recomputed trajectory
 def test_08_backpropagation_on_the_stored_trajectory():
     """v.1: step 2 uses the stored `z(s)`. It agrees with the gradient of the discrete solution."""
     stored = solved(X[0], dense=True)
@@ -157,25 +157,36 @@ def test_08_backpropagation_on_the_stored_trajectory():
     close(solved(end, 1.0, 0.0, g=adjoint).y1, gradient()(X[0], THETA, Y[0]), 1e-8)
 
 
+@pytest.mark.slow  # `test_adjoints.py` has this method
 def test_09_backpropagation_on_the_recomputed_trajectory():
     """v.2: `z(s)` is recomputed backwards from `z(1)`."""
     recomputed = gradient(jaxode.BacksolveAdjoint())(X[0], THETA, Y[0])
     close(recomputed, gradient()(X[0], THETA, Y[0]), 1e-8)
 
 
+LARGE = 257
+
+
+def total_of_a_linear_field(x, A, **options):
+    return solved(x, theta=A, g=lambda t, z, A: A @ z, **options).y1.sum()
+
+
 def test_10_vector_jacobian_products_without_a_jacobian():
     """The backward pass of a linear field multiplies vectors and forms no `D x D` product."""
-    D = 257
-    A = jax.random.normal(KEYS[0], (D, D)) / D
-    total = lambda x, **options: solved(x, theta=A, g=lambda t, z, A: A @ z, **options).y1.sum()
-    expected = scipy.linalg.expm(np.asarray(A)).T @ np.ones(D)
-    close(jax.jit(jax.grad(total))(jnp.ones(D)), expected, 1e-8)
+    x, A = jax.ShapeDtypeStruct((LARGE,), float), jax.ShapeDtypeStruct((LARGE, LARGE), float)
     for adjoint in (jaxode.DiscreteAdjoint(), jaxode.BacksolveAdjoint()):
-        backward = jax.grad(functools.partial(total, adjoint=adjoint))
-        program = str(jax.make_jaxpr(backward)(jnp.ones(D)))
+        backward = jax.grad(functools.partial(total_of_a_linear_field, adjoint=adjoint))
+        program = str(jax.make_jaxpr(backward)(x, A))
         # A itself is the only matrix of this size: no product of matrices has it as a result.
-        assert f"f64[{D},{D}] = dot_general" not in program
-        assert f"f64[{D}] = dot_general" in program
+        assert f"f64[{LARGE},{LARGE}] = dot_general" not in program
+        assert f"f64[{LARGE}] = dot_general" in program
+
+
+@pytest.mark.slow  # the numbers of that program; others have as many
+def test_10_the_gradient_of_a_linear_field():
+    A = jax.random.normal(KEYS[0], (LARGE, LARGE)) / LARGE
+    expected = scipy.linalg.expm(np.asarray(A)).T @ np.ones(LARGE)
+    close(jax.jit(jax.grad(total_of_a_linear_field))(jnp.ones(LARGE), A), expected, 1e-8)
 
 
 # Rows 11 to 20: a flow model, `x = z(1)` with `z(0)` from the density `p_Z`.
@@ -229,8 +240,8 @@ def test_11_flow_model_samples():
     close(samples, jnp.stack([solved(each).y1 for each in z]), 1e-8)
 
 
-def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
-    """`d|I + e A|/de = tr A`, `p_X(x) = p_Z(z) / |dh/dz|`, `d/ds log p_s(z(s)) = -div f`."""
+def test_12_jacobis_formula_and_the_change_of_variables():
+    """`d|I + e A|/de = tr A`, and `p_X(x) = p_Z(z) / |dh/dz|`."""
     A = jacobian(0.2, X[0])
     determinant = lambda e: jnp.linalg.det(jnp.eye(3) + e * A)
     close(jax.jit(jax.grad(determinant))(0.0), np.trace(A))
@@ -241,6 +252,10 @@ def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
     log_det = jax.jit(lambda z: jnp.linalg.slogdet(jax.vmap(jax.jacrev(h))(z))[1])(z)
     close(flow.log_prob(THETA, X), P_Z.log_prob(z) - log_det, 1e-8)
 
+
+@pytest.mark.slow  # the gradient of a density by its end, through two solves
+def test_12_instantaneous_change_of_variables():
+    """`d/ds log p_s(z(s)) = -div f`."""
     fixed = {"steps": 12}  # of order five, from a start that is smooth: an error below 1e-7
 
     @jax.jit
@@ -250,8 +265,8 @@ def test_12_jacobis_formula_and_the_instantaneous_change_of_variables():
         z = jaxode.flow(f, z0[None], 0.0, s, THETA, **fixed)
         return jaxode.cnf(f, P_Z, t1=s, **fixed).log_prob(THETA, z)[0]
 
-    s = 0.6
-    close(slope(s, z[0]), -divergence_of_f(s, solved(z[0], 0.0, s).y1), 1e-6)
+    s, z = 0.6, solved(X[0], 1.0, 0.0).y1
+    close(slope(s, z), -divergence_of_f(s, solved(z, 0.0, s).y1), 1e-6)
 
 
 def test_13_log_likelihood_in_forward_and_backward_form():
@@ -293,10 +308,8 @@ def test_15_hutchinson_is_unbiased():
     assert error < 4 * values.std() / np.sqrt(len(values))
 
 
-@pytest.mark.parametrize(
-    "distribution",
-    with_slow(["rademacher", "gaussian"], ["gaussian"]),  # other numbers in the same program
-)
+@pytest.mark.slow  # `test_flow_features.py` has the loss of given probes in closed form
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_15_one_probe_at_all_times_of_a_solve(distribution):
     flow = flow_model(hutchinson(distribution=distribution))
     _, aux = flow.nll_and_stats(THETA, X, key=KEY)
@@ -332,6 +345,7 @@ def test_17_stochastic_log_likelihood_is_unbiased():
     assert (estimates.std(0) > 1e-2).all()
 
 
+@pytest.mark.slow  # `test_flow_features.py` has the gradient of given probes in closed form
 def test_18_stochastic_gradient_of_the_log_likelihood():
     """`a' = -a df/dz - d(v^T df/dz v)/dz`, `b'` with `d/dtheta`: the gradient is `b(1)`.
 
@@ -400,6 +414,7 @@ def test_19_mixed_partial_derivatives():
     close(jax.jit(jax.grad(by_estimator, (0, 1)))(z, THETA), expected)
 
 
+@pytest.mark.slow  # `test_flow_features.py` has the gradient of two probes in closed form
 def test_20_training_sums_over_probes_and_samples():
     """`g += b(1)` for each of `K` probes: one solve with `K` probes has the mean gradient."""
     K, fixed = 3, {"steps": 6}

@@ -89,9 +89,13 @@ PROGRAMS = {
 }  # fmt: skip
 
 
+LARGE = ["vmap of the gradient of a cond", "forward over a vmap of gradients"]
+LARGE += ["jit of all jacobians forward"]
+
+
 @pytest.mark.parametrize(
     "name",
-    with_slow(PROGRAMS, ["vmap of the gradient of a cond"]),  # two gradients in one program
+    with_slow(PROGRAMS, LARGE),  # two derivatives in one program, or those of another row
 )
 def test_programs_around_a_solve(name):
     # 1e-7: a hundred times the tolerance, for derivatives of second order.

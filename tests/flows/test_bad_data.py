@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -107,7 +108,7 @@ def test_another_failure_is_not_put_down_to_the_data(f, options, said):
         flow(f, **options).nll(None, 50 * GOOD["x"], **unused)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", with_slow(LOSSES, ["nll"]))  # two programs with a solve
 def test_a_device_whose_rows_weigh_nothing_is_part_of_the_mean(loss):
     """Only the total of the weights counts."""
     data = {name: jnp.concatenate([rows, rows[:1]]) for name, rows in GOOD.items()}

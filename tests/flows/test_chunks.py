@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, temporary_bytes, trained
+from helpers import assert_close, temporary_bytes, trained, with_slow
 
 import jaxode
 from jaxode.flows.chunks import LEAST_ROWS, MOST_ROWS, Chunks
@@ -32,7 +32,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", with_slow(CALLS, ["sample"]))  # as with log-densities
 def test_results_do_not_depend_on_the_size(name):
     """Outside of `jit`, where a loop in Python runs one program."""
     # Each row takes the steps that it takes in the whole batch.
@@ -112,6 +112,7 @@ def test_a_size_that_is_not_given_depends_on_the_network(weights, size):
     assert Chunks.make(None, False, params).size == size
 
 
+@pytest.mark.slow  # compiles for several devices; what they tell each other is tested below
 def test_devices_have_batches_of_their_own():
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("rows",))
     bound = density(divergence=jaxode.divergence.hutchinson())

@@ -131,6 +131,7 @@ def test_samples_of_half_precision(default_settings):
     assert_close(gradient, single, 4 * eps)  # a few roundings of each sample
 
 
+@pytest.mark.slow  # those of a solve are in `test_transforms.py`
 def test_transformations_of_the_gradient():
     """Of checkpoints, of Equinox and in a scan. Ensembles are in `test_flow_features.py`."""
     flow = jaxode.cnf(lambda t, z, a: jnp.sin(a * z), PLANE, divergence=divergence.hutchinson())

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, temporary_bytes, trained
+from helpers import assert_close, temporary_bytes, trained, with_slow
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -39,10 +39,13 @@ def test_a_second_derivative_raises(path):
 
     for twice in (jax.jacfwd, jax.grad):
         with pytest.raises(RuntimeError, match="reverse_kl_loss: has first derivatives only"):
-            twice(gradient)(0.3)
+            jax.eval_shape(twice(gradient), 0.3)
 
 
-@pytest.mark.parametrize("batch", ["joint", "per_sample"])
+STEPS = ["joint", "per_sample"]
+
+
+@pytest.mark.parametrize("batch", with_slow(STEPS, STEPS[1:]))  # `test_flow_features.py` has them
 def test_the_path_gradient_has_no_noise_where_the_flow_is_the_target(batch):
     """By the parameters and an end time."""
     E = jax.scipy.linalg.expm(A)
@@ -132,8 +135,9 @@ def test_a_target_that_is_not_finite_is_named(batch, target, message):
         loss(of(), A)
     for leaf in jax.jit(jax.value_and_grad(lambda A: loss(of(), A)))(A):
         assert jnp.isnan(leaf).all()
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message.format(count)):
-        jax.block_until_ready(jax.jit(lambda A: loss(of(throw=True), A))(A))
+    if target is nan_above:  # a program says what is said outside of one
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message.format(count)):
+            jax.block_until_ready(jax.jit(lambda A: loss(of(throw=True), A))(A))
 
 
 def test_a_failed_solve_is_named_and_not_the_target():

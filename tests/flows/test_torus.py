@@ -16,7 +16,9 @@ import scipy.stats
 from helpers import with_slow
 
 import jaxode
+from jaxode._checks import rules
 from jaxode.auditing import base as auditing_base
+from jaxode.flows.periods import off_period_of
 
 KEY = jax.random.key(0)
 OPTIONS = {"rtol": 1e-7, "atol": 1e-7}
@@ -52,6 +54,7 @@ def test_a_torus_has_a_probability_of_one(period):
     np.testing.assert_allclose(density.log_prob(x + 3 * period), log_prob, atol=1e-4)
 
 
+@pytest.mark.slow  # of numbers with a map, there is a test below
 def test_an_angle_beside_a_number():
     period = np.array([2 * math.pi, np.inf])
     density = bound(period)
@@ -183,6 +186,7 @@ def test_an_angle_beside_a_standardized_number_has_a_probability_of_one(bounded)
     assert samples[:, 1].max() > 200
 
 
+@pytest.mark.slow  # trains; the maps are tested above
 def test_fit_maps_the_numbers_beside_angles(default_settings):
     rng = np.random.default_rng(0)
     x = np.stack([rng.vonmises(0.0, 2.0, 300), rng.normal(1e4, 10.0, 300)], axis=1)
@@ -205,12 +209,15 @@ def test_maps_stay_if_the_flow_changes():
         density.with_flow(jaxode.cnf(jaxode.nn.field, jaxode.torus((2, 2), 24.0)))
 
 
-PERIODS = [np.array([2 * math.pi, 1.0]), np.array([24.0, np.inf])]
+PERIODS = {
+    "two angles": np.array([2 * math.pi, 1.0]),
+    "an angle and a number": np.array([24.0, np.inf]),
+}
 
 
-@pytest.mark.parametrize("period", PERIODS)
-def test_the_base_passes_its_audit(period):
-    base = jaxode.torus(2, period)
+@pytest.mark.parametrize("name", with_slow(PERIODS, ["two angles"]))  # which the other has, too
+def test_the_base_passes_its_audit(name):
+    base = jaxode.torus(2, PERIODS[name])
     drawn = base.sample(KEY, (4000,))
     audited = SimpleNamespace(
         flow=SimpleNamespace(base=base), key=KEY, base_samples=drawn, x=drawn[:64]
@@ -221,9 +228,9 @@ def test_the_base_passes_its_audit(period):
 
 
 @pytest.mark.slow  # an audit compiles a dozen programs
-@pytest.mark.parametrize("period", PERIODS)
-def test_an_audit_finds_nothing_wrong(period):
-    density = bound(period)
+@pytest.mark.parametrize("name", PERIODS)
+def test_an_audit_finds_nothing_wrong(name):
+    density = bound(PERIODS[name])
     report = jaxode.audit(density.flow, density.params, density.sample(KEY, (64,)), KEY)
     assert report.ok, str(report)
     rows = {row.name: row for row in report.rows}
@@ -257,6 +264,7 @@ def test_fit_checks_the_period_of_a_field_with_a_context():
 
 X = jax.random.uniform(KEY, (3, 2), maxval=6.0)
 ALONE = jaxode.nn.Residual(2, 4, 1, key=KEY)
+PERIODIC = jaxode.nn.Residual(2, 4, 1, key=KEY, period=2 * np.pi)
 # Fields on the torus whose density over a period is not one, with their parameters.
 NOT_PERIODIC = {
     "the line": (lambda t, z, p: p * z, 0.5),
@@ -288,10 +296,34 @@ def on_a_torus(field, **options):
     return flow, params, context
 
 
-@pytest.mark.parametrize(
-    ("method", "field"),
-    [*((name, "the line") for name in METHODS), *(("log_prob", name) for name in NOT_PERIODIC)],
-)
+def sum_of_angles(t, z, p):
+    return p * (z[0] + z[1] - z[2]) + 0 * z
+
+
+def test_fields_without_the_periods_are_told_apart():
+    """Of angles one after the other, and of more than four, which turn together."""
+    right = {
+        "a sine": (lambda t, z, p: p * jnp.sin(z), 0.5, 2),
+        "a network": (jaxode.nn.field, PERIODIC, 2),
+    }
+    wrong = {name: (*field, 2) for name, field in NOT_PERIODIC.items() if name != "a context"}
+    wrong |= {f"a sum of {n} angles": (sum_of_angles, 0.5, n) for n in (3, 6)}
+
+    @jax.jit
+    def off():
+        return {
+            name: off_period_of(f, jaxode.torus(n), (0.0, 1.0), params, None, jnp.zeros(()))
+            for name, (f, params, n) in (right | wrong).items()
+        }
+
+    refused = {name for name, value in off().items() if not rules.PERIODIC.holds(value)}
+    assert refused == wrong.keys()
+
+
+OF_METHODS = [*((name, "the line") for name in METHODS), ("log_prob", "a context")]
+
+
+@pytest.mark.parametrize(("method", "field"), OF_METHODS)
 def test_a_field_without_the_periods_has_no_density(method, field):
     flow, params, context = on_a_torus(field)
     message = rf"^{method}\(params=...\): the field must have the periods of its base, a torus"
@@ -299,19 +331,11 @@ def test_a_field_without_the_periods_has_no_density(method, field):
         METHODS[method](flow, params, context)
 
 
-@pytest.mark.parametrize("n", [3, 6])
-def test_a_field_of_a_sum_of_angles_needs_the_periods_too(n):
-    flow = jaxode.cnf(lambda t, z, p: p * (z[0] + z[1] - z[2]) + 0 * z, jaxode.torus(n), steps=1)
-    with pytest.raises(ValueError, match="must have the periods of its base"):
-        jaxode.bind(flow, 0.5)
-
-
 TRACED = [(method, field) for field in ("the line", "a context") for method in LOSSES]
-# A context is compared by the same code in each.
-OF_A_CONTEXT = [("nll", "a context"), ("reverse_kl_loss", "a context")]
+ALIKE = [("nll", "a context"), ("reverse_kl_loss", "a context"), ("reverse_kl_loss", "the line")]
 
 
-@pytest.mark.parametrize(("method", "field"), with_slow(TRACED, OF_A_CONTEXT))  # as above
+@pytest.mark.parametrize(("method", "field"), with_slow(TRACED, ALIKE))  # the same code in each
 def test_a_loss_of_traced_parameters_without_the_periods_is_nan(method, field):
     flow, params, context = on_a_torus(field)
     loss = jax.jit(jax.value_and_grad(lambda p: METHODS[method](flow, p, context)))
