@@ -134,7 +134,8 @@ MASKED += [("vmap", "solve"), ("vmap", "nll"), ("grad", "nll")]
 
 def with_fast(rows, programs):
     """Rows, of which those that begin with others than these are for the full suite alone."""
-    slow = lambda row: [pytest.mark.slow] * (row[:2] not in programs)  # the same checks, compiled
+    start = len(programs[0])
+    slow = lambda row: [pytest.mark.slow] * (row[:start] not in programs)  # the same checks
     return [pytest.param(*row, marks=slow(row)) for row in rows]
 
 
@@ -144,7 +145,12 @@ def in_batch(words, way):
     return words.format(rows=rows, at=range(before, 6))
 
 
-@pytest.mark.parametrize(("name", "changes", "kind", "words", "start"), OF_VALUES, ids=ids)
+AT_ONCE = [(name,) for name in VALUES if name not in LIKE_LOG_PROB[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kind", "words", "start"), with_fast(OF_VALUES, AT_ONCE), ids=ids
+)
 def test_a_value_that_is_known_is_told_at_once(name, changes, kind, words, start):
     del start
     with raises(kind, start_of(name, changes, in_batch(words, "eager"))):

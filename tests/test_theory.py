@@ -240,6 +240,7 @@ def test_11_flow_model_samples():
     close(samples, jnp.stack([solved(each).y1 for each in z]), 1e-8)
 
 
+@pytest.mark.slow  # `test_flow_features.py` has densities in closed form
 def test_12_jacobis_formula_and_the_change_of_variables():
     """`d|I + e A|/de = tr A`, and `p_X(x) = p_Z(z) / |dh/dz|`."""
     A = jacobian(0.2, X[0])
@@ -269,6 +270,7 @@ def test_12_instantaneous_change_of_variables():
     close(slope(s, z), -divergence_of_f(s, solved(z, 0.0, s).y1), 1e-6)
 
 
+@pytest.mark.slow  # `test_flow_features.py` has densities in closed form
 def test_13_log_likelihood_in_forward_and_backward_form():
     """`l' = -div f` from `l(0) = log p_Z(z(0))` forwards, or from `l(1) = 0` backwards."""
     x, flow = X[0], flow_model(exact())

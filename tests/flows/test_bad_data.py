@@ -174,7 +174,7 @@ def of_none(t, z, args):
     return -z
 
 
-@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("name", with_slow(TAKEN, ["z", "context", "args"]))  # as the others
 def test_an_array_in_another_byte_order_is_taken(name):
     x = np.asarray(GOOD["x"])
     big, own = (TAKEN[name](x.astype(order + "f8")) for order in "><")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import OPTIMIZED
+from helpers import OPTIMIZED, with_slow
 
 import jaxode
 from jaxode import divergence
@@ -53,8 +53,11 @@ def of_the_jacobian(shape):
     return jax.jit(both)(Z.reshape(shape))
 
 
-@pytest.mark.parametrize("shape", [(D,), (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("name", EXACT)
+SHAPES = [(name, shape) for name in EXACT for shape in ((D,), (1, 2, 3))]
+OF_MORE_AXES = [(name, shape) for name, shape in SHAPES if len(shape) > 1 and name != "exact"]
+
+
+@pytest.mark.parametrize(("name", "shape"), with_slow(SHAPES, OF_MORE_AXES))  # "exact" has them
 def test_exact_equals_the_trace_of_the_jacobian(name, shape):
     z = Z.reshape(shape)
     estimator = EXACT[name]
@@ -155,7 +158,7 @@ def test_without_noise_lets_errors_of_the_user_through():
         density.log_prob(Z)
 
 
-@pytest.mark.parametrize("probes", [1, 4, D])
+@pytest.mark.parametrize("probes", with_slow([1, 4, D], [1]))  # part of the others
 def test_orthogonal_probes_are_orthogonal_and_unbiased(probes):
     estimator = divergence.hutchinson(probes, "orthogonal")
     frames = jax.vmap(lambda key: estimator.init(key, Z))(jax.random.split(jax.random.key(3), 4000))
@@ -174,8 +177,11 @@ def test_orthogonal_probes_of_half_precision(default_settings):
     np.testing.assert_array_equal(half, single.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", ["rademacher", "gaussian", "orthogonal"])
-@pytest.mark.parametrize("probes", [2, 5])
+SPREADS = [(name, n) for name in ("rademacher", "gaussian", "orthogonal") for n in (2, 5)]
+ALIKE = [(name, n) for name, n in SPREADS if name != "orthogonal" and (name, n) != SPREADS[0]]
+
+
+@pytest.mark.parametrize(("name", "probes"), with_slow(SPREADS, ALIKE))  # other numbers of probes
 def test_standard_error_is_the_spread_of_the_estimate(name, probes):
     """Its square is an unbiased estimate of the variance of the mean over the probes."""
     estimator = divergence.hutchinson(probes, name)

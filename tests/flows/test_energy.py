@@ -28,7 +28,7 @@ def flow_of(f=field, **options):
     return jaxode.cnf(f, jaxode.standard_normal(2), **{"rtol": 1e-9, "atol": 1e-9, **options})
 
 
-@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("path", with_slow([True, False], [False]))  # the same guard
 def test_a_second_derivative_raises(path):
     """It would lack that of the target's slope, and of the score."""
 

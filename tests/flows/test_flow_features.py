@@ -122,10 +122,8 @@ ENSEMBLES = [(OF_SAMPLES[0], ("nll",)), (OF_SAMPLES[0], ("sample",))]
 ENSEMBLES += [("samples in batches", ("log_prob", "sample"))]
 
 
-@pytest.mark.parametrize(
-    ("name", "reads"),
-    with_slow(ENSEMBLES, ENSEMBLES[1:]),  # other reads of the same solves
-)
+@pytest.mark.slow  # `tests/ode/test_vmap.py` has the rows of one solve
+@pytest.mark.parametrize(("name", "reads"), ENSEMBLES)
 def test_an_ensemble_has_the_numbers_of_its_members(name, reads):
     """Under `jax.vmap` over the parameters, with their gradients."""
     case, x = ALL_CASES[name], ALL_CASES[name].inputs
@@ -147,7 +145,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, list(PROGRAMS)[1:2]))  # `test_discrete.py`
 def test_the_gradient_of_the_loss_is_exact_for_the_computed_loss(name, monkeypatch):
     """Also where the steps are few: against central differences along a direction of all inputs."""
     if "gathered" in name:
@@ -170,13 +168,8 @@ def test_the_gradient_of_the_loss_is_exact_for_the_computed_loss(name, monkeypat
         np.testing.assert_allclose(jax.jit(loss)(x), value, rtol=1e-13)
 
 
-ORDERS = [(None, 5, 4), (diffrax.Heun(), 2, 16)]
-
-
-@pytest.mark.parametrize(
-    ("solver", "order", "steps"),
-    with_slow(ORDERS, ORDERS[1:]),  # its gradient is tested above
-)
+@pytest.mark.slow  # equal steps have the stages of the adaptive ones above
+@pytest.mark.parametrize(("solver", "order", "steps"), [(diffrax.Heun(), 2, 16), (None, 5, 4)])
 def test_the_loss_has_the_order_of_the_solver(solver, order, steps):
     x, options = OF_LOSSES.inputs, {} if solver is None else {"solver": solver}
     exact = jax.jit(OF_LOSSES.exact)(x)["nll"]

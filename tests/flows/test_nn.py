@@ -215,11 +215,14 @@ def test_a_fresh_network_hardly_moves_samples(make, event):
     assert 1e-4 < np.sqrt(np.mean(squares)) < 0.15
 
 
+WITHOUT_HIDDEN = [(make, ()) for make in (nn.MLP, nn.Concat, nn.ConcatSquash)]
+WITH_HIDDEN = [(make, (8,)) for make in (nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient)]
+WITH_HIDDEN += [(make, (8,)) for make in (residual, mixer, *SYMMETRIC)]
+
+
 @pytest.mark.parametrize(
     ("make", "widths"),
-    [(make, (8,)) for make in (nn.MLP, nn.Concat, nn.ConcatSquash, nn.PotentialGradient)]
-    + [(make, (8,)) for make in (residual, mixer, *SYMMETRIC)]
-    + [(make, ()) for make in (nn.MLP, nn.Concat, nn.ConcatSquash)],
+    with_slow(WITH_HIDDEN + WITHOUT_HIDDEN, WITHOUT_HIDDEN[1:]),  # as MLP without
 )
 def test_fields_depend_on_the_time_and_the_context(make, widths):
     m = network(make, widths, context_size=2)

@@ -137,7 +137,7 @@ def test_pooled_categories_sum_to_one():
     assert p[4] == 0
 
 
-@pytest.mark.parametrize("make", [table, trained])
+@pytest.mark.parametrize("make", with_slow([table, trained], [table]))  # a part of the trained
 @pytest.mark.filterwarnings("ignore:Table.sample")  # of numbers at the ends, after few steps
 def test_samples_are_like_the_training_frame(make):
     fitted, data = make("mixed"), FRAMES["mixed"]
@@ -221,7 +221,7 @@ def test_decimals_are_numbers():
     assert fitted.impute(KEY, frame.with_columns(b=None))["b"].null_count() == 0
 
 
-@pytest.mark.parametrize("library", ["pandas", "polars"])
+@pytest.mark.parametrize("library", with_slow(["pandas", "polars"], ["polars"]))  # as its frames
 def test_a_column_may_be_missing_altogether(library):
     fitted = table("mixed")
     gaps = lambda value: None if pd.isna(value) else value
