@@ -145,7 +145,10 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", with_slow(PROGRAMS, list(PROGRAMS)[1:2]))  # `test_discrete.py`
+GATHERED = ["the parameters' gathered by step"]
+
+
+@pytest.mark.parametrize("name", with_slow(PROGRAMS, GATHERED))  # `test_discrete.py` has it
 def test_the_gradient_of_the_loss_is_exact_for_the_computed_loss(name, monkeypatch):
     """Also where the steps are few: against central differences along a direction of all inputs."""
     if "gathered" in name:
