@@ -70,7 +70,10 @@ FIRST = {
     "ode/loop/step_tangents": ("tests/ode/test_discrete.py", "tests/ode/test_adjoints.py"),
     "ode/loop/checkpoints": ("tests/ode/test_discrete.py",),
     "ode/loop/progress": ("tests/ode/test_failures.py",),
-    "ode/solvers/explicit": ("tests/ode/test_tolerances.py", "tests/test_theory.py"),
+    "ode/solvers/explicit": (
+        "tests/ode/test_tolerances.py",
+        "tests/flows/test_flow_features.py",
+    ),
     "ode/solvers/linear": ("tests/ode/test_linear.py", "tests/ode/test_stiff.py"),
     "ode/solvers/rosenbrock": (
         "tests/ode/test_rosenbrock.py",
