@@ -171,8 +171,13 @@ def test_the_gradient_of_the_loss_is_exact_for_the_computed_loss(name, monkeypat
         np.testing.assert_allclose(jax.jit(loss)(x), value, rtol=1e-13)
 
 
-@pytest.mark.slow  # equal steps have the stages of the adaptive ones above
-@pytest.mark.parametrize(("solver", "order", "steps"), [(diffrax.Heun(), 2, 16), (None, 5, 4)])
+ORDERS = [(None, 5, 4), (diffrax.Heun(), 2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "steps"),
+    with_slow(ORDERS, ORDERS[1:]),  # its gradient is tested above
+)
 def test_the_loss_has_the_order_of_the_solver(solver, order, steps):
     x, options = OF_LOSSES.inputs, {} if solver is None else {"solver": solver}
     exact = jax.jit(OF_LOSSES.exact)(x)["nll"]
