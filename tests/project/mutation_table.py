@@ -21,7 +21,7 @@ FIRST = {
         "tests/ode/test_steady.py",
         "tests/ode/test_events.py",
     ),
-    "_jax/vmap_rule": ("tests/test_transforms.py", "tests/ode/test_vmap.py"),
+    "_jax/vmap_rule": ("tests/ode/test_vmap.py", "tests/test_transforms.py"),
     "auditing": ("tests/auditing",),
     "calibration": ("tests/calibration",),
     "flows/coupling": ("tests/flows/test_coupling.py",),
