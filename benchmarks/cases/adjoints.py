@@ -128,10 +128,10 @@ def waves(t, y, p):
     return jnp.tanh(jnp.cos(at[None] * (1 + jnp.arange(3.0)[:, None])) @ p + y[::-1]) - y
 
 
-def mode_questions(few=FEW, many=MANY) -> dict[str, tuple[int, dict[str, Any]]]:
-    """What a user asks -> how many parameters, and the modes that answer it."""
+def mode_questions(few=FEW, many=MANY) -> list[tuple[str, int, dict[str, Any]]]:
+    """What a user asks, by how many parameters, and the modes that answer it."""
 
-    def ends(adjoint=jaxode.DiscreteAdjoint()):
+    def ends(adjoint: Any = jaxode.DiscreteAdjoint()):
         options = {"steps": EQUAL_STEPS, "adjoint": adjoint}
         return lambda p: jaxode.solve(waves, jnp.zeros(3), 0.0, 5.0, p, **options).y1
 
@@ -146,48 +146,35 @@ def mode_questions(few=FEW, many=MANY) -> dict[str, tuple[int, dict[str, Any]]]:
         return jax.grad(lambda moved: jnp.vdot(gradient(moved), p))(p)
 
     forward = jaxode.ForwardMode()
-    return {
-        "gradient": (many, {"jax.grad": jax.grad(loss())}),
-        "Hessian times a vector": (
-            many,
-            {
-                "jax.jvp of jax.grad": product(lambda g, p: jax.jvp(g, (p,), (p,))[1]),
-                "jax.grad of jax.grad": product(transposed),
-            },
-        ),
-        "Hessian": (
-            few,
-            {
-                "jax.hessian": jax.hessian(loss()),
-                "jax.jacrev of jax.jacrev": jax.jacrev(jax.jacrev(loss())),
-                "jax.hessian, ForwardMode()": jax.jacfwd(jax.jacfwd(loss(forward))),
-            },
-        ),
-        "Jacobian of 3 outputs": (
-            many,
-            {
-                "jax.jacrev": jax.jacrev(ends()),
-                "jax.jacfwd": jax.jacfwd(ends()),
-                "jax.jacfwd, ForwardMode()": jax.jacfwd(ends(forward)),
-            },
-        ),
-        "the same": (
-            few,
-            {
-                "jax.jacrev": jax.jacrev(ends()),
-                "jax.jacfwd": jax.jacfwd(ends()),
-                "jax.jacfwd, ForwardMode()": jax.jacfwd(ends(forward)),
-            },
-        ),
-        "solve": (many, {"": ends()}),
+    jacobians = {
+        "jax.jacrev": jax.jacrev(ends()),
+        "jax.jacfwd": jax.jacfwd(ends()),
+        "jax.jacfwd, ForwardMode()": jax.jacfwd(ends(forward)),
     }
+    products = {
+        "jax.jvp of jax.grad": product(lambda g, p: jax.jvp(g, (p,), (p,))[1]),
+        "jax.grad of jax.grad": product(transposed),
+    }
+    hessians = {
+        "jax.hessian": jax.hessian(loss()),
+        "jax.jacrev of jax.jacrev": jax.jacrev(jax.jacrev(loss())),
+        "jax.hessian, ForwardMode()": jax.jacfwd(jax.jacfwd(loss(forward))),
+    }
+    return [
+        ("solve", many, {"": ends()}),
+        ("gradient", many, {"jax.grad": jax.grad(loss())}),
+        ("Hessian times a vector", many, products),
+        ("Hessian", few, hessians),
+        ("Jacobian of 3 outputs", many, jacobians),
+        ("Jacobian of 3 outputs", few, jacobians),
+    ]
 
 
 def modes(seconds=60.0, few=FEW, many=MANY) -> list[dict]:
     """Median time, in those of a solve with as many parameters, and temporary memory."""
-    questions, rows = mode_questions(few, many), []
-    (solve,) = questions.pop("solve")[1].values()
-    for question, (count, ways) in questions.items():
+    (_, _, solves), *questions = mode_questions(few, many)
+    (solve,), rows = solves.values(), []
+    for question, count, ways in questions:
         p = jnp.linspace(-0.1, 0.1, count)
         programs = {way: jax.jit(f) for way, f in ways.items()} | {"solve": jax.jit(solve)}
         calls = {way: functools.partial(f, p) for way, f in programs.items()}

@@ -493,6 +493,8 @@ def test_the_scripts_behind_the_pictures_of_the_documentation(
     # What the page on gradients says: they agree as the tolerance is tightened, and not before.
     assert gap(loose) > 1 > 1e-4 > gap(tight)
     assert {path.name for path in tmp_path.iterdir()} == {"tolerance.png", "adjoints.png"}
+    measured = adjoints.modes(seconds=0.1, few=2, many=20)
+    assert min(row["solves"] for row in measured if "jac" in row["mode"]) > 1
 
 
 def of_plane(points):

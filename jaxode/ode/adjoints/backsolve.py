@@ -24,7 +24,7 @@ from jaxode._checks.errors import Result, nan_or_raise
 from jaxode._jax.primitives import reverse_only
 from jaxode._jax.pullback import vjp
 from jaxode._jax.sharding import axes_of, fori_loop, vary, while_loop
-from jaxode._jax.tangents import instantiate_zeros
+from jaxode._jax.tangents import instantiate_zeros, with_tangent
 from jaxode.ode.adjoints.base import (
     ReverseAdjoint,
     Solved,
@@ -205,26 +205,54 @@ def _slope(params: PyTree, rest: PyTree, piece: Any) -> Slope:
     return Slope(field, args, piece)
 
 
+def _adjoint_field(of_field: tuple[PyTree, PyTree, Any], t, state, weight):
+    """The right-hand side, and the integrand of `b`, weighted and summed over rows.
+
+    Rows are independent, so the weight of a row scales its part of both products, and that by the
+    state is scaled back.
+    """
+    params, rest, piece = of_field
+    y, a = jnp.split(state, 2, axis=1)
+    f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
+    params_bar, y_bar = pull(-weight[:, None] * a)
+    weighted = (weight != 0)[:, None]
+    da = jnp.where(weighted, y_bar / jnp.where(weighted, weight[:, None], 1.0), 0.0)
+    return jnp.concatenate([f, da], axis=1), params_bar
+
+
+def _moved_by_ends(x, start, end, of_field):
+    """The state and quadrature after a segment. An empty one takes no step that would move them
+    with its ends, as that between `t1` and an output there."""
+
+    def tangent(primals, dots):
+        ((state, _), start, end, of_field), (moved, start_dot, end_dot, _) = primals, dots
+        if start_dot is None and end_dot is None:
+            return moved
+        span = instantiate_zeros(end_dot, end) - instantiate_zeros(start_dot, start)
+        weight = jnp.where(start == end, span, 0).astype(state.dtype)
+        slope, integrand = _adjoint_field(of_field, start, state, weight)
+        leaves, structure = jax.tree.flatten((weight[:, None] * slope, integrand))
+        before = structure.flatten_up_to(moved)
+        return structure.unflatten(
+            [new if old is None else old + new for old, new in zip(before, leaves, strict=True)]
+        )
+
+    return with_tangent(x, tangent, start, end, of_field)
+
+
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, ends = inputs
-    n, piece = problem.y0.shape[1], problem.piece
+    n, of_field = problem.y0.shape[1], (params, rest, problem.piece)
 
     def adjoint_field(t, state, weight):
-        """The right-hand side, and the integrand of `b`, weighted and summed over rows.
-
-        Rows are independent, so the weight of a row scales its part of both products, and that by
-        the state is scaled back.
-        """
-        y, a = state[:, :n], state[:, n:]
-        f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
-        params_bar, y_bar = pull(-weight[:, None] * a)
-        weighted = (weight != 0)[:, None]
-        da = jnp.where(weighted, y_bar / jnp.where(weighted, weight[:, None], 1.0), 0.0)
-        return jnp.concatenate([f, da], axis=1), params_bar
+        return _adjoint_field(of_field, t, state, weight)
 
     def continued(solved, to):
-        return _continued(adjoint_field, stepper, solved, to, problem.t1 - problem.t0)
+        start = solved[0].t
+        after, quadrature = _continued(adjoint_field, stepper, solved, to, problem.t1 - problem.t0)
+        y, quadrature = _moved_by_ends((after.y, quadrature), start, to, of_field)
+        return after._replace(y=y, t=jnp.where(start == to, to, after.t)), quadrature
 
     state = jnp.concatenate([ends.y1, ends.y1_bar], axis=1)
     result = jnp.where(ends.masked, Result.NON_FINITE, Result.SUCCESS)

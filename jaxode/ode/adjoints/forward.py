@@ -19,9 +19,9 @@ FORWARD_ONLY = (
 class ForwardMode(Adjoint):
     """Differentiate the solver's own steps in forward mode: `jax.jvp` and `jax.jacfwd`.
 
-    Tangents are carried along with the state, so nothing is stored. `DiscreteAdjoint` has this mode,
-    too, and the two agree up to rounding; here a program has no way back, so it compiles sooner.
-    Reverse mode raises an error.
+    Tangents are carried along with the state, so nothing is stored. `DiscreteAdjoint` has this
+    mode, too, and the two agree up to rounding; here a program has no way back, so it compiles
+    sooner. Reverse mode raises an error.
     """
 
     supports_dense: ClassVar[bool] = True
