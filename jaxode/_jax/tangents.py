@@ -109,7 +109,8 @@ def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
             (jax.tree.unflatten(structure, of[:count]), *rest)
             for of, rest in ((primals, inputs), (dots, jax.tree.unflatten(of_inputs, dots[count:])))
         ]
-        return jax.tree.leaves(tangent(*trees), is_leaf=lambda dot: dot is None)
+        # Among the leaves, None is a tangent of zero; elsewhere it is a part of the structure.
+        return structure.flatten_up_to(tangent(*trees))
 
     return jax.tree.unflatten(structure, _moved.bind(*leaves, *given, rule=of_leaves, count=count))
 

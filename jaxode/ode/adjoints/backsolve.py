@@ -9,6 +9,7 @@ arXiv:1806.07366). `b` does not feed back, so it is a quadrature: an accumulator
 parameters, which is part of neither the state nor the error norm.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -244,9 +245,7 @@ def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
     params, rest, problem, ends = inputs
     n, of_field = problem.y0.shape[1], (params, rest, problem.piece)
-
-    def adjoint_field(t, state, weight):
-        return _adjoint_field(of_field, t, state, weight)
+    adjoint_field = functools.partial(_adjoint_field, of_field)
 
     def continued(solved, to):
         start = solved[0].t
