@@ -104,6 +104,38 @@ def test_a_batch_over_devices_is_that_of_one(name):
     assert_same(of_all_devices(axis_name, axes, **options)(*inputs), expected, rtol)
 
 
+def curvature(loss):
+    """Products of the Hessian by the parameters and a direction: forward and reverse of reverse."""
+    along = jax.tree.map(jnp.cos, PARAMS)
+
+    def products(params, *inputs):
+        gradient = jax.grad(lambda params: loss(params, *inputs))
+
+        def slope(params):
+            bars = gradient(params)
+            return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, bars, along)))
+
+        return jax.jvp(gradient, (params,), (along,))[1], jax.grad(slope)(params)
+
+    return products
+
+
+@pytest.mark.slow  # programs of second derivatives, of a device and of eight
+@pytest.mark.parametrize("name", ["joint steps", "backsolve"])
+def test_second_derivatives_over_devices_are_those_of_one(name):
+    axes, axis_name, options = LOSSES[name]
+    options = {**options, "divergence": jaxode.divergence.exact()}
+    mesh, inputs = Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,)), (PARAMS, X, CONTEXT, WEIGHTS)
+
+    def mean(*inputs):
+        return jax.lax.pmean(loss_of(axis_name, **options)(*inputs), axes)
+
+    specs = (EVERYWHERE, SPLIT, SPLIT, SPLIT)
+    sharded = jax.shard_map(curvature(mean), mesh=mesh, in_specs=specs, out_specs=EVERYWHERE)
+    expected = jax.jit(curvature(loss_of(None, **options)))(*inputs)
+    assert_same(jax.jit(sharded)(*inputs), expected, 1e-10)
+
+
 @pytest.mark.slow  # programs of a device and of eight
 def test_each_device_takes_the_joint_steps_of_its_own_rows():
     """With error control a part of the batch has other steps than the whole."""

@@ -156,6 +156,24 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("_jax/modes.py", "bars_of, dots_of = _value", "dots_of, bars_of = _value"),
     ("_jax/modes.py", "by_input = _pushed(swept, along, inputs, bars_again)",
      "by_input = swept(inputs)"),
+    # What rows share gets the cotangent of the first row, and directions are taken for rows.
+    ("_jax/modes.py", "return [bar.sum(0) if one else bar", "return [bar[0] if one else bar"),
+    ("_jax/modes.py", "dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]", "dots = [*dots]"),
+    # Tangents of a tree move to the leaves before those that are zero.
+    ("_jax/tangents.py", "return structure.flatten_up_to(tangent(*trees))",
+     "return [*jax.tree.leaves(tangent(*trees)), *[None] * count][:count]"),
+    # The times of steps do not move with the ends, between which dense output is evaluated.
+    ("ode/adjoints/flat.py", "steps = steps._replace(times=True, y=True, k=True)",
+     "steps = steps._replace(y=True, k=True)"),
+    # Outputs at the end do not move with the end in second derivatives.
+    ("ode/adjoints/backsolve.py", "weight = jnp.where(start == end, span, 0)",
+     "weight = jnp.where(start == end, 0 * span, 0)"),
+    # The gradient of the loss is that of the loss alone, whatever depends on the loss.
+    ("flows/likelihood/objective.py", "return [bar * bars[0].astype(bar.dtype) for bar in gradient]",
+     "return gradient"),
+    # The scale of the rows, which is no part of the solution, has derivatives that overflow.
+    ("ode/solvers/linear.py", "jnp.max(jnp.abs(jax.lax.stop_gradient(matrix)), axis=1, initial=0)",
+     "jnp.max(jnp.abs(matrix), axis=1, initial=0)"),
     # Wrong under `jax.vmap` with `in_axes=1`.
     ("_jax/vmap_rule.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
     # The reference of all errors is as loose as what it judges.
