@@ -399,8 +399,10 @@ def _knowing_contexts(density: Density, context: PyTree) -> Density:
 def _trainable(density: Density) -> Density:
     """The density with Python's numbers among its parameters as arrays."""
 
+    # With a dtype of their own: the first step would give weakly typed ones another type, and so
+    # compile the program again.
     def as_array(leaf):
-        return jnp.asarray(leaf) if isinstance(leaf, float) else leaf
+        return jnp.asarray(leaf, float) if isinstance(leaf, float) else leaf
 
     params = jax.tree.map(as_array, density.params)
     if isinstance(params, Embedded) and isinstance(params.params, Ensemble):

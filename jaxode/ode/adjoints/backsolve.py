@@ -201,11 +201,6 @@ class _Ends(NamedTuple):
     ys_bar: Float[Array, "times samples n"] | None
 
 
-def _slope(params: PyTree, rest: PyTree, piece: Any) -> Slope:
-    field, args = eqx.combine(params, rest)
-    return Slope(field, args, piece)
-
-
 def _adjoint_field(of_field: tuple[PyTree, PyTree, Any], t, state, weight):
     """The right-hand side, and the integrand of `b`, weighted and summed over rows.
 
@@ -214,7 +209,12 @@ def _adjoint_field(of_field: tuple[PyTree, PyTree, Any], t, state, weight):
     """
     params, rest, piece = of_field
     y, a = jnp.split(state, 2, axis=1)
-    f, pull = vjp(lambda params, y: _slope(params, rest, piece)(t, y), params, y)
+
+    def slope(params, y):
+        field, args = eqx.combine(params, rest)
+        return Slope(field, args, piece)(t, y)
+
+    f, pull = vjp(slope, params, y)
     params_bar, y_bar = pull(-weight[:, None] * a)
     weighted = (weight != 0)[:, None]
     da = jnp.where(weighted, y_bar / jnp.where(weighted, weight[:, None], 1.0), 0.0)
