@@ -169,8 +169,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("ode/adjoints/backsolve.py", "weight = jnp.where(start == end, span, 0)",
      "weight = jnp.where(start == end, 0 * span, 0)"),
     # The gradient of the loss is that of the loss alone, whatever depends on the loss.
-    ("flows/likelihood/objective.py", "return [bar * bars[0].astype(bar.dtype) for bar in gradient]",
-     "return gradient"),
+    ("flows/likelihood/objective.py",
+     "return [bar * bars[0].astype(bar.dtype) for bar in gradient]", "return gradient"),
     # The scale of the rows, which is no part of the solution, has derivatives that overflow.
     ("ode/solvers/linear.py", "jnp.max(jnp.abs(jax.lax.stop_gradient(matrix)), axis=1, initial=0)",
      "jnp.max(jnp.abs(matrix), axis=1, initial=0)"),

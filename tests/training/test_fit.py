@@ -71,7 +71,8 @@ def test_numbers_of_python_are_trained_as_arrays():
     params = {"scale": 0.5, "name": "a", "count": 3}
     scale = fit_module._trainable(cheap(params=params)).params["scale"]
     # A weak type would become another one in the first step, which then compiles twice.
-    assert isinstance(scale, jax.Array) and not scale.weak_type
+    assert isinstance(scale, jax.Array)
+    assert not scale.weak_type
 
 
 # A point that a loss is least at, and the start.
