@@ -121,7 +121,7 @@ def test_derivatives_are_those_of_plain_jax(way):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("way", ["grad", "jacrev of jacrev"])
+@pytest.mark.parametrize("way", ["grad", "jacfwd", "jacrev of jacrev"])
 def test_each_row_has_its_own_under_vmap(way):
     found, expected = (jax.jit(over_rows(WAYS[way], solved))(Y, P) for solved in (solve, plain))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
