@@ -17,6 +17,7 @@ FIRST = {
     "_jax": ("tests/_jax",),
     "_jax/modes": ("tests/_jax/test_modes.py",),
     "_jax/tangents": (
+        "tests/_jax/test_tangents.py",
         "tests/ode/test_jumps.py",
         "tests/ode/test_steady.py",
         "tests/ode/test_events.py",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from helpers import METHODS
 
 import jaxode
 
@@ -229,6 +230,23 @@ TABLES = {
 @pytest.mark.parametrize("page", TABLES)
 def test_tables_are_those_of_the_results(page):
     assert [table for table in TABLES[page]() if table not in PAGES[f"{page}.md"]] == []
+
+
+def test_the_table_of_modes_is_that_of_the_methods():
+    names = {jax.jacfwd: "forward", jax.jacrev: "reverse"}
+    (start,) = re.finditer(r"^\| method \| forward .*\n.*\n", PAGES["adjoint.md"], re.MULTILINE)
+    _, *heads = [cell.strip() for cell in start[0].splitlines()[0].strip("|").split("|")]
+    rows = PAGES["adjoint.md"][start.end() :].split("\n\n")[0].splitlines()
+    written = {}
+    for row in rows:
+        method, *cells = [cell.strip(" `()") for cell in row[1:-1].split("|")]
+        written[method] = {head for head, cell in zip(heads, cells, strict=True) if cell == "yes"}
+    for name in ("discrete", "backsolve", "forward"):
+        method = METHODS[name]
+        once = {names[mode] for mode in method.modes}
+        twice = {f"{names[then]} of {names[first]}" for first, then in method.pairs}
+        assert written.pop(type(method.adjoint).__name__) == once | twice
+    assert not written
 
 
 def test_the_table_at_equal_noise_is_that_of_the_results():
