@@ -100,17 +100,17 @@ def test_with_an_event_it_ends_there_and_of_a_failed_solve_it_is_nan():
 
 
 def test_masked_times_outside_of_the_span_add_nothing_to_a_gradient():
-    """Padding may be infinite."""
+    """Padding may be infinite. Steps move with the ends, the solution between them does not."""
     times = jnp.array([[0.5, jnp.inf], [0.5, 1.5]])
 
-    def total(a):
+    def total(a, ends):
         s = jaxode.solve(
-            lambda t, y, a: a * y, jnp.ones((2, 1)), 0.0, jnp.array([1.0, 2.0]), a,
+            lambda t, y, a: a * y, jnp.ones((2, 1)), 0.0, ends, a,
             batch="per_sample", dense=True, max_steps=64, rtol=1e-8, atol=1e-8,
             throw=False,
         )  # fmt: skip
         return jnp.sum(jnp.where(jnp.isfinite(times), s.evaluate(times)[..., 0], 0))
 
-    np.testing.assert_allclose(
-        jax.jit(jax.grad(total))(1.0), np.exp(0.5) + 1.5 * np.exp(1.5), rtol=1e-6
-    )
+    by_rate, by_ends = jax.jit(jax.grad(total, (0, 1)))(1.0, jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(by_rate, np.exp(0.5) + 1.5 * np.exp(1.5), rtol=1e-6)
+    np.testing.assert_allclose(by_ends, np.zeros(2), atol=1e-5)
