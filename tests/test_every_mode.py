@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES
-from helpers import METHODS, with_slow
+from helpers import METHODS, checking_leaks, with_slow
 from jax.test_util import check_grads
 from test_features import ALL, EACH_ONCE, loss_of
 
@@ -118,6 +118,28 @@ def test_check_grads_of_the_default_method(name):
 def test_check_grads_of_odeint():
     """Which has reverse mode, as the original."""
     check_grads(jax.jit(odeint), (Y0, P, T), order=2, modes=["rev"])
+
+
+def test_third_derivatives():
+    """Reverse mode thrice, against forward mode, of a solution of three equal steps."""
+
+    def curved(p, adjoint=None):
+        options = {} if adjoint is None else {"adjoint": adjoint}
+        return jaxode.solve(slope, Y0, 0.0, 1.0, p, steps=3, **options).y1[0]
+
+    along = jnp.array([0.3, -1.1])
+
+    def forward_of(f):
+        return lambda p: jax.jvp(f, (p,), (along,))[1]
+
+    expected = forward_of(forward_of(jax.jacfwd(lambda p: curved(p, jaxode.ForwardMode()))))
+    by_reverse = jax.grad(lambda p: jax.grad(lambda p: jax.grad(curved)(p) @ along)(p) @ along)
+    np.testing.assert_allclose(jax.jit(by_reverse)(P), jax.jit(expected)(P), rtol=1e-10)
+
+
+def test_no_traced_value_outlives_its_program():
+    with checking_leaks():
+        jax.jit(jax.grad(lambda y0: equal_steps(y0, P).sum()))(Y0)
 
 
 def losses(name, method):

@@ -25,26 +25,36 @@ from jax._src.core import no_axis_name
 from jax._src.interpreters.batching import fancy_primitive_batchers
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, mlir
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 Arrays = list[Array]
+PyTreeDef = Any
 Flags = tuple[bool, ...]
 
 
 class WithSweep(NamedTuple):
-    """A function of arrays, and its sweep.
+    """A function of arrays, and its sweep. Made by `differentiable`.
 
     `moved` flags the inputs that are differentiated, `touched` the outputs that have cotangents.
+    A tangent or a sweep, as a function of this kind, has no record.
     """
 
     value: Callable[[Arrays], Arrays]
     """The outputs that have derivatives."""
     sweep: Callable[[Flags, Flags, Arrays, Arrays], Arrays]
     """`(moved, touched, inputs, bars)` -> the cotangents of the inputs that moved."""
-    record: Callable[[Flags, Arrays], tuple[Arrays, Arrays, Arrays]] | None = None
+    record: Callable[[Flags, Arrays], tuple[PyTree, PyTree, PyTree]] | None = None
     """`(moved, inputs)` -> outputs, other outputs, and what the first sweep reads."""
-    recorded_sweep: Callable[[Flags, Flags, Arrays, Arrays, Arrays], Arrays] | None = None
+    recorded_sweep: Callable[[Flags, Flags, Arrays, PyTree, Arrays], Arrays] | None = None
     """`(moved, touched, inputs, record, bars)` -> what `sweep` returns."""
+
+    def sweep_and_value(self, moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays):
+        """`sweep` and `value`, from a single run if there is a record."""
+        if self.record is None or self.recorded_sweep is None:
+            return self.sweep(moved, touched, inputs, bars), self.value(inputs)
+        outputs, _, record = self.record(moved, inputs)
+        swept = self.recorded_sweep(moved, touched, inputs, record, bars)
+        return swept, jax.tree.leaves(outputs)
 
     def tangent(self, moved: Flags) -> "WithSweep":
         """`(inputs, tangents of those that moved)` -> the tangents of the outputs."""
@@ -77,17 +87,17 @@ class WithSweep(NamedTuple):
         def sweep(wanted: Flags, touched_again: Flags, both: Arrays, bars_again: Arrays) -> Arrays:
             inputs, bars = both[:count], both[count:]
             along = _scattered(moved, touched_again, False)
-            by_input, by_bar = [], []
-            if any(wanted[:count]):
+            of_inputs, of_bars = wanted[:count], _scattered(touched, wanted[count:], False)
 
-                def swept(inputs: Arrays) -> Arrays:
-                    return self.sweep(wanted[:count], touched, inputs, bars)
+            def swept(inputs: Arrays) -> tuple[Arrays, Arrays]:
+                if not any(of_inputs):
+                    return [], self.value(inputs)
+                if not any(of_bars):
+                    return self.sweep(of_inputs, touched, inputs, bars), []
+                return self.sweep_and_value(of_inputs, touched, inputs, bars)
 
-                by_input = _pushed(swept, along, inputs, bars_again)
-            if any(wanted[count:]):
-                of_outputs = _scattered(touched, wanted[count:], False)
-                by_bar = _chosen(of_outputs, _pushed(self.value, along, inputs, bars_again))
-            return by_input + by_bar
+            by_input, outputs = _pushed(swept, along, inputs, bars_again)
+            return by_input + (_chosen(of_bars, outputs) if any(of_bars) else [])
 
         return WithSweep(value, sweep)
 
@@ -116,30 +126,44 @@ class WithSweep(NamedTuple):
             return vmap(lambda inputs: of_one(moved, inputs), (axes,))(inputs)
 
         def recorded_sweep(
-            moved: Flags, touched: Flags, inputs: Arrays, kept: Arrays, bars: Arrays
+            moved: Flags, touched: Flags, inputs: Arrays, record: PyTree, bars: Arrays
         ):
-            def one(inputs, kept, bars):
-                return sweep_of_one(moved, touched, inputs, kept, bars)
+            def one(inputs, record, bars):
+                return sweep_of_one(moved, touched, inputs, record, bars)
 
-            return summed(moved, vmap(one, (axes, 0, 0))(inputs, kept, bars))
+            return summed(moved, vmap(one, (axes, 0, 0))(inputs, record, bars))
 
         return WithSweep(value, sweep, record, recorded_sweep)
 
 
+def with_sweep(
+    run: Callable[[Arrays], tuple[PyTree, PyTree]],
+    record: Callable[[Flags, Arrays], tuple[PyTree, PyTree, PyTree]],
+    recorded_sweep: Callable[[Flags, Flags, Arrays, PyTree, Arrays], Arrays],
+) -> WithSweep:
+    """The function `run(inputs)`, without its other outputs. Arguments as in `WithSweep`.
+
+    None of them may hold traced values, which would outlive their trace.
+    """
+
+    def value(inputs: Arrays) -> Arrays:
+        return jax.tree.leaves(run(inputs)[0])
+
+    def sweep(moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
+        *_, recorded = record(moved, inputs)
+        return recorded_sweep(moved, touched, inputs, recorded, bars)
+
+    return WithSweep(value, sweep, record, recorded_sweep)
+
+
 def differentiable(
-    function: WithSweep, run: Callable[[Arrays], tuple[Arrays, Arrays]], inputs: Arrays
-):
+    function: WithSweep, run: Callable[[Arrays], tuple[PyTree, PyTree]], inputs: Arrays
+) -> tuple[PyTree, PyTree]:
     """`run(inputs)`: outputs whose derivatives are those of `function`, and others without any."""
-    counts = []
-
-    def flat(*inputs):
-        outputs, others = run([*inputs])
-        counts.append(len(outputs))
-        return [*outputs, *others]
-
-    program = jax.make_jaxpr(flat)(*inputs)
-    out = _bind_value(program, function, inputs, len(inputs), counts[0])
-    return out[: counts[0]], out[counts[0] :]
+    program, shape = jax.make_jaxpr(run, return_shape=True)(inputs)
+    outputs = len(jax.tree.leaves(shape[0]))
+    out = _bind_value(program, function, inputs, len(inputs), outputs)
+    return jax.tree.structure(shape).unflatten(out)
 
 
 def sweep_of(
@@ -147,7 +171,7 @@ def sweep_of(
     moved: Flags,
     touched: Flags,
     inputs: Arrays,
-    record: Arrays,
+    record: PyTree,
     bars: Arrays,
     lanes: int = 0,
 ) -> Arrays:
@@ -157,10 +181,11 @@ def sweep_of(
     """
     count, middle = len(moved), len(moved) + len(bars)
     back, recorded_sweep = function.of_sweep(moved, touched), function.recorded_sweep
+    of_record, structure = jax.tree.flatten(record)
 
-    def swept(inputs: Arrays, record: Arrays, bars: Arrays) -> Arrays:
-        if recorded_sweep is None or not record:
-            return back.value([*inputs, *bars])
+    def swept(inputs: Arrays, record: PyTree, bars: Arrays) -> Arrays:
+        if recorded_sweep is None or record is None:
+            return function.sweep(moved, touched, inputs, bars)
         return recorded_sweep(moved, touched, inputs, record, bars)
 
     for _ in range(lanes):
@@ -168,9 +193,10 @@ def sweep_of(
         swept = jax.vmap(swept, (None, None, 0))
 
     def flat(*leaves):
-        return swept([*leaves[:count]], [*leaves[middle:]], [*leaves[count:middle]])
+        record = structure.unflatten(leaves[middle:])
+        return swept([*leaves[:count]], record, [*leaves[count:middle]])
 
-    leaves = *inputs, *bars, *record
+    leaves = *inputs, *bars, *of_record
     program = jax.make_jaxpr(flat)(*leaves)
     return _bind_value(program, back, leaves, middle, len(program.out_avals))
 
@@ -180,7 +206,7 @@ def _named(over: Any) -> dict[str, Any]:
     if over is None:
         return {}
     name = None if over.name is no_axis_name else over.name
-    return {"axis_size": over.size, "axis_name": name}
+    return {"axis_size": over.size, "axis_name": name, "spmd_axis_name": over.spmd_name}
 
 
 def _chosen(flags: Flags, values: list[Any]) -> list[Any]:
@@ -194,7 +220,7 @@ def _scattered(flags: Flags, values: Any, otherwise: Any = None) -> Any:
     return tuple(next(rest) if flag else otherwise for flag in flags)
 
 
-def _value_and_pushed(f: Callable[[Arrays], Arrays], moved: Flags, inputs: Arrays, dots: Arrays):
+def _value_and_pushed(f: Callable[[Arrays], Any], moved: Flags, inputs: Arrays, dots: Arrays):
     """The values of `f`, and its tangents along those inputs that moved."""
 
     def of_moved(some: Arrays) -> Arrays:
@@ -204,7 +230,7 @@ def _value_and_pushed(f: Callable[[Arrays], Arrays], moved: Flags, inputs: Array
     return jax.jvp(of_moved, (_chosen(moved, inputs),), (dots,))
 
 
-def _pushed(f: Callable[[Arrays], Arrays], moved: Flags, inputs: Arrays, dots: Arrays) -> Arrays:
+def _pushed(f: Callable[[Arrays], Any], moved: Flags, inputs: Arrays, dots: Arrays) -> Any:
     return _value_and_pushed(f, moved, inputs, dots)[1]
 
 
@@ -216,16 +242,12 @@ def _tangent_type(x: Any) -> Any:
     return jax.typeof(x).to_tangent_aval()
 
 
-def _zeros(like: Any) -> Array:
-    """Zeros of a tangent type, which vary over devices as it does."""
-    return ad.instantiate_zeros(ad.Zero(like))
-
-
-# Binds `program(*inputs, *record)`: outputs and others. Derivatives are those of `function`.
+# `program(*inputs, *record)`. Of what it returns, the outputs come first, and have the derivatives
+# of `function`; the others have none.
 _value = Primitive("with_sweep")
 _value.multiple_results = True
-# The tangents of the outputs. Inputs, the record, and tangents of the inputs that moved. The latter
-# and the outputs may have leading axes, `lanes`.
+# The tangents of the outputs, from the inputs, the record, and the tangents of inputs that moved.
+# All tangents may have leading axes, `lanes`.
 _linear = Primitive("tangent_with_sweep")
 _linear.multiple_results = True
 
@@ -234,9 +256,14 @@ def _run(*leaves, program: ClosedJaxpr, **_):
     return jaxpr_as_fun(program)(*leaves)
 
 
-def _run_linear(*leaves, function: WithSweep, moved: Flags, kept: int, lanes: int, **_):
-    count = len(moved)
-    inputs, dots = [*leaves[:count]], [*leaves[count + kept :]]
+def _parts(leaves, moved: Flags, kept: PyTreeDef) -> tuple[Arrays, Arrays, Arrays]:
+    """The inputs, the leaves of the record, and the tangents of what moved."""
+    count, end = len(moved), len(moved) + kept.num_leaves
+    return [*leaves[:count]], [*leaves[count:end]], [*leaves[end:]]
+
+
+def _run_linear(*leaves, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, **_):
+    inputs, _, dots = _parts(leaves, moved, kept)
 
     def push(dots: Arrays) -> Arrays:
         return _pushed(function.value, moved, inputs, dots)
@@ -246,9 +273,10 @@ def _run_linear(*leaves, function: WithSweep, moved: Flags, kept: int, lanes: in
     return push(dots)
 
 
-def _bind_linear(function: WithSweep, moved: Flags, inputs, kept, dots, types, lanes: int = 0):
-    params = {"function": function, "moved": moved, "kept": len(kept)}
-    return _linear.bind(*inputs, *kept, *dots, lanes=lanes, types=types, **params)
+def _bind_linear(function: WithSweep, moved: Flags, inputs, record, dots, types, lanes: int = 0):
+    leaves, kept = jax.tree.flatten(record)
+    params = {"function": function, "moved": moved, "kept": kept}
+    return _linear.bind(*inputs, *leaves, *dots, lanes=lanes, types=types, **params)
 
 
 def _bind_value(program: ClosedJaxpr, function: WithSweep, leaves, inputs: int, outputs: int):
@@ -257,73 +285,75 @@ def _bind_value(program: ClosedJaxpr, function: WithSweep, leaves, inputs: int, 
 
 def _value_jvp(primals, tangents, *, program, function: WithSweep, inputs: int, outputs: int):
     at, moved = [*primals[:inputs]], tuple(not _is_still(dot) for dot in tangents[:inputs])
-    kept = []
+    record = None
     if function.record is not None and any(moved):
-        out, kept = _recorded(function, moved, at, outputs)
+        out, record = _recorded(function, moved, at, outputs)
     else:
         out = _bind_value(program, function, primals, inputs, outputs)
     still = [ad.Zero(_tangent_type(x)) for x in out]
     if not any(moved):
         return out, still
     types = tuple(_tangent_type(x) for x in out[:outputs])
-    dots = _bind_linear(function, moved, at, kept, _chosen(moved, tangents[:inputs]), types)
+    dots = _bind_linear(function, moved, at, record, _chosen(moved, tangents[:inputs]), types)
     return out, dots + still[outputs:]
 
 
 def _recorded(function: WithSweep, moved: Flags, inputs: Arrays, outputs: int):
     """All outputs, whose derivatives need no record, and the record, which has none."""
-    assert function.record is not None
-    run, lengths = function.record, []
-
-    def record(*inputs):
-        parts = run(moved, [*inputs])
-        lengths.append(len(parts[2]))
-        return [x for part in parts for x in part]
-
-    program = jax.make_jaxpr(record)(*inputs)
-    again = WithSweep(function.value, function.sweep)
+    record = function.record
+    assert record is not None
+    program, shape = jax.make_jaxpr(lambda *inputs: record(moved, [*inputs]), return_shape=True)(
+        *inputs
+    )
+    again = function._replace(record=None, recorded_sweep=None)
     out = _bind_value(program, again, inputs, len(inputs), outputs)
-    number = len(out) - lengths[0]
-    return out[:number], out[number:]
+    structure = jax.tree.structure(shape[2])
+    number = len(out) - structure.num_leaves
+    return out[:number], structure.unflatten(out[number:])
 
 
 def _linear_jvp(
-    leaves, tangents, *, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+    leaves, tangents, *, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
 ):
-    count = len(moved)
-    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
+    inputs, _, dots = _parts(leaves, moved, kept)
     params = {"function": function, "moved": moved, "kept": kept, "lanes": lanes, "types": types}
     out = _linear.bind(*leaves, **params)
-    of_inputs, of_dots = tangents[:count], tangents[count + kept :]
+    of_inputs, _, of_dots = _parts(tangents, moved, kept)
     along_inputs = tuple(not _is_still(dot) for dot in of_inputs)
     along_dots = tuple(not _is_still(dot) for dot in of_dots)
     if not any(along_inputs):
         if not any(along_dots):
             return out, [ad.Zero(_tangent_type(x)) for x in out]
-        moves = [_zeros(dot.aval) if _is_still(dot) else dot for dot in of_dots]
-        return out, _linear.bind(*inputs, *record, *moves, **params)
+        moves = map(ad.instantiate_zeros, of_dots)
+        return out, _linear.bind(*leaves[: len(leaves) - len(dots)], *moves, **params)
     both = function.tangent(moved)
     for _ in range(lanes):
-        both = both.mapped([None] * count + [0] * len(dots))
+        both = both.mapped([None] * len(inputs) + [0] * len(dots))
     along = _chosen(along_inputs, of_inputs) + _chosen(along_dots, of_dots)
     where = along_inputs + along_dots
     return out, _bind_linear(
-        both, where, [*inputs, *dots], [], along, tuple(map(_tangent_type, out))
+        both, where, [*inputs, *dots], None, along, tuple(map(_tangent_type, out))
     )
 
 
 def _linear_transpose(
-    bars, *leaves, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+    bars, *leaves, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
 ):
     del types
-    count = len(moved)
-    inputs, record = [*leaves[:count]], [*leaves[count : count + kept]]
-    dots = leaves[count + kept :]
+    inputs, record, dots = _parts(leaves, moved, kept)
+    nothing = [None] * (len(leaves) - len(dots))
     touched = tuple(not _is_still(bar) for bar in bars)
-    nothing = [None] * (count + kept)
     if not any(touched):
-        return [*nothing, *(ad.Zero(dot.aval) for dot in dots)]
-    by_dot = sweep_of(function, moved, touched, inputs, record, _chosen(touched, bars), lanes)
+        return [
+            *nothing,
+            *(ad.Zero(dot.aval) if ad.is_undefined_primal(dot) else None for dot in dots),
+        ]
+    bars = _chosen(touched, bars)
+    swept = sweep_of(function, moved, touched, inputs, kept.unflatten(record), bars, lanes)
+    # A tangent that is zero, but not known to be, is no unknown of the transpose.
+    by_dot = (
+        bar if ad.is_undefined_primal(dot) else None for bar, dot in zip(swept, dots, strict=True)
+    )
     return [*nothing, *by_dot]
 
 
@@ -360,26 +390,28 @@ def _value_batched(over, leaves, axes, *, program, function: WithSweep, inputs: 
 
 
 def _linear_batched(
-    over, leaves, axes, *, function: WithSweep, moved: Flags, kept: int, lanes: int, types
+    over, leaves, axes, *, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
 ):
-    count, size, named = len(moved), over.size, over.name is not no_axis_name
+    size, named = over.size, over.name is not no_axis_name
     leaves, axes = _to_front(leaves, axes)
-    inputs, record, dots = leaves[:count], leaves[count : count + kept], leaves[count + kept :]
-    of_dots = axes[count + kept :]
+    inputs, record, dots = _parts(leaves, moved, kept)
+    of_inputs, of_record, of_dots = _parts(axes, moved, kept)
     dots = [_spread(dot, axis, size) for dot, axis in zip(dots, of_dots, strict=True)]
-    if not named and all(axis is None for axis in axes[: count + kept]):
+    if not named and all(axis is None for axis in of_inputs + of_record):
         types = tuple(_with_axis(one, size, 0) for one in types)
+        record = kept.unflatten(record)
         out = _bind_linear(function, moved, inputs, record, dots, types, lanes + 1)
         return out, [0] * len(out)
     wide = [
         None if axis is None and not flag else 0
-        for axis, flag in zip(axes[:count], moved, strict=True)
+        for axis, flag in zip(of_inputs, moved, strict=True)
     ]
     inputs = [
         x if new is None else _spread(x, axis, size)
-        for x, axis, new in zip(inputs, axes, wide, strict=False)
+        for x, axis, new in zip(inputs, of_inputs, wide, strict=True)
     ]
-    record = [_spread(x, axis, size) for x, axis in zip(record, axes[count:], strict=False)]
+    record = [_spread(x, axis, size) for x, axis in zip(record, of_record, strict=True)]
+    record = kept.unflatten(record)
     dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]
     types = tuple(_with_axis(one, size, lanes) for one in types)
     out = _bind_linear(function.mapped(wide, over), moved, inputs, record, dots, types, lanes)
@@ -391,7 +423,7 @@ def _with_axis(like: Any, size: int, axis: int) -> Any:
 
 
 _value.def_impl(_run)
-_value.def_abstract_eval(lambda *_, program, **__: program.out_avals)
+_value.def_effectful_abstract_eval(lambda *_, program, **__: (program.out_avals, program.effects))
 _linear.def_impl(_run_linear)
 _linear.def_abstract_eval(lambda *_, types, **__: types)
 ad.primitive_jvps[_value] = _value_jvp

@@ -93,6 +93,15 @@ def with_callback(t, y, a):
     return field(t, y, a)
 
 
+def beside_the_mean(y0, a):
+    """Rows that exchange values in their field, mapped by a name."""
+
+    def pulled(t, y, a):
+        return a * (jax.lax.pmean(y, "rows") - y)
+
+    return jaxode.solve(pulled, y0, 0.0, 1.0, a, steps=2, throw=False).y1
+
+
 def twice(y0, a):
     return jax.lax.scan(lambda y, _: (end(y, a), None), y0, None, length=2)[0]
 
@@ -158,6 +167,39 @@ LARGE += ["the hessian of a sum", "the settings, and a gradient", "a branch", "a
 def test_programs_do_the_same_one_by_one(name):
     """Each as one program: without the small ones of an array, which are compiled twice here."""
     check(*(jax.jit(lambda over=over: PROGRAMS[name](over))() for over in (jax.vmap, mapped)))
+
+
+def test_rows_may_exchange_values_by_the_name_of_their_axis():
+    """Equal rates keep the mean, which each row approaches by the steps of one solve."""
+
+    def together(y0):
+        return jax.vmap(with_gradient(lambda y: beside_the_mean(y, 1.3)), axis_name="rows")(y0)
+
+    def alone(y0):
+        mean = jnp.broadcast_to(y0.mean(0), y0.shape)
+        ends = jaxode.solve(lambda t, y, m: 1.3 * (m - y), y0, 0.0, 1.0, mean, steps=2).y1
+        return jnp.sum(jnp.sin(1.3 * ends)), ends
+
+    check(jax.jit(together)(Y0), jax.jit(jax.grad(alone, has_aux=True))(Y0), 1e-12)
+
+
+def test_a_field_may_print_in_order(capfd):
+    def printing(t, y, a):
+        jax.debug.print("at {t}", t=t, ordered=True)
+        return -y
+
+    jax.jit(lambda y: jaxode.solve(printing, y, 0.0, 1.0, steps=1, throw=False).y1)(Y0[0])
+    jax.effects_barrier()
+    assert "at 0.0\nat " in capfd.readouterr().out
+
+
+def test_pullbacks_of_several_cotangents_may_be_mapped_again():
+    """As those of `jax.jacrev`, and of matrices."""
+    _, pull = jax.vjp(lambda y: end(y, A[0]), Y0[0])
+    bars = jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])
+    twice = jax.jit(lambda bars: jax.vmap(jax.vmap(lambda bar: pull(bar)[0]))(bars))(bars)
+    jacobian = jax.jit(jax.jacrev(end))(Y0[0], A[0])
+    check(twice, jnp.stack([jacobian, 2 * jacobian]))
 
 
 @pytest.mark.slow  # a path that runs plain JAX

@@ -155,8 +155,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # gradient is the gradient.
     ("_jax/modes.py", "    if not any(along_inputs):", "    if True:"),
     ("_jax/modes.py", "bars_of, dots_of = _value", "dots_of, bars_of = _value"),
-    ("_jax/modes.py", "by_input = _pushed(swept, along, inputs, bars_again)",
-     "by_input = swept(inputs)"),
+    ("_jax/modes.py", "by_input, outputs = _pushed(swept, along, inputs, bars_again)",
+     "by_input, outputs = swept(inputs)"),
+    # A sweep without a record, of several cotangents, is mapped twice.
+    ("_jax/modes.py", "            return function.sweep(moved, touched, inputs, bars)",
+     "            return back.value([*inputs, *bars])"),
+    # Callbacks and exchanges between mapped rows are lost.
+    ("_jax/modes.py", "(program.out_avals, program.effects)", "(program.out_avals, set())"),
     # What rows share gets the cotangent of the first row, and directions are taken for rows.
     ("_jax/modes.py", "return [bar.sum(0) if one else bar", "return [bar[0] if one else bar"),
     ("_jax/modes.py", "dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]", "dots = [*dots]"),

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField, close_field
-from jaxode._jax.modes import WithSweep, differentiable
+from jaxode._jax.modes import differentiable, with_sweep
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.vmap_rule import one_by_one, plain, with_vmap_rule
 from jaxode.flows.bases import BaseDensity, log_prob_of
@@ -227,39 +227,29 @@ def _outcome(inputs: Inputs, settings: Settings, solved: Solved, log_base, integ
 def _loss(inputs: Inputs, settings: Settings):
     """The loss and all that `evaluate` returns, with every mode and order of differentiation."""
     leaves, structure = jax.tree.flatten((inputs, settings))
-    structure_of_rest: list[Any] = []
 
-    def value(leaves):
+    def run(leaves):
         inputs, settings = structure.unflatten(leaves)
         nothing = jax.tree.map(lambda _: False, inputs)
         solved, quadrature = _solve(nothing, inputs, settings)
         log_base = inputs.base(inputs.problem.t1, solved.integration.y1, ())
-        (loss, rest), _ = _outcome(inputs, settings, solved, log_base, quadrature.along())
-        rest, shape = jax.tree.flatten(rest)
-        structure_of_rest.append(shape)
-        return [loss], rest
+        return _outcome(inputs, settings, solved, log_base, quadrature.along())[0]
 
-    def record(moved, leaves):
+    def record(moved, leaves) -> Any:
         """The loss with its gradient, by which the sweep multiplies."""
         perturbed, _ = structure.unflatten(moved)
 
-        def run(inputs, settings):
+        def with_gradient(inputs, settings):
             (loss, rest), bars = _loss_and_bars(perturbed, inputs, settings)
-            return [loss], jax.tree.leaves(rest), pulled_leaves(perturbed, inputs, bars)
+            return loss, rest, pulled_leaves(perturbed, inputs, bars)
 
-        return one_after_the_other(run, *structure.unflatten(leaves))
+        return one_after_the_other(with_gradient, *structure.unflatten(leaves))
 
     def scaled(moved, touched, leaves, gradient, bars):
         del moved, touched, leaves
         return [bar * bars[0].astype(bar.dtype) for bar in gradient]
 
-    def sweep(moved, touched, leaves, bars):
-        *_, gradient = record(moved, leaves)
-        return scaled(moved, touched, leaves, gradient, bars)
-
-    function = WithSweep(lambda leaves: value(leaves)[0], sweep, record, scaled)
-    (loss,), rest = differentiable(function, value, leaves)
-    return loss, structure_of_rest[0].unflatten(rest)
+    return differentiable(with_sweep(run, record, scaled), run, leaves)
 
 
 def one_after_the_other(run, inputs: Inputs, settings: Settings):

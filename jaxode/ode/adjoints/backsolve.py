@@ -32,7 +32,7 @@ from jaxode.ode.adjoints.base import (
     nan_unless,
     without_cotangent,
 )
-from jaxode.ode.adjoints.flat import FlatSolve, undifferentiated
+from jaxode.ode.adjoints.flat import pulled_back, solution, undifferentiated
 from jaxode.ode.adjoints.vmap import vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import padded
@@ -59,7 +59,8 @@ class BacksolveAdjoint(ReverseAdjoint):
     help. `DiscreteAdjoint` does not have this weakness.
 
     Differentiation: in reverse mode, any number of times. The derivative of a gradient goes through
-    the backward solve with its steps held fixed. Forward mode raises; take `DiscreteAdjoint`.
+    the backward solve with its steps held fixed, and takes the Hessian to be symmetric, which holds
+    to the tolerances. Forward mode raises; take `DiscreteAdjoint`.
 
     Args:
         rtol: relative tolerance of the backward solve. By default as for the forward solve.
@@ -166,7 +167,7 @@ NO_FORWARD = (
 
 def _differentiable(adjoint: BacksolveAdjoint, problem: Problem, stepper: Stepper) -> Integration:
     def run(problem, stepper):
-        return FlatSolve.of(adjoint.reverse, problem, stepper).solution()
+        return solution(adjoint.reverse, problem, stepper)
 
     return vmappable(run, problem, stepper)
 
@@ -186,8 +187,7 @@ def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: BacksolveAd
 
 @_solve.def_bwd
 def _backward(out: Integration, bar: Integration, perturbed, problem, stepper, adjoint):
-    flat = FlatSolve.of(adjoint.reverse, problem, stepper)
-    return flat.pulled_back(perturbed, (out, None), bar)
+    return pulled_back(adjoint.reverse, problem, stepper, perturbed, (out, None), bar)
 
 
 class _Ends(NamedTuple):

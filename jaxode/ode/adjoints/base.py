@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
-from jaxode.ode.adjoints.flat import FlatSolve, undifferentiated
+from jaxode.ode.adjoints.flat import solution, undifferentiated
 from jaxode.ode.adjoints.vmap import Reverse, vmappable
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
@@ -189,7 +189,7 @@ class ReverseAdjoint(Adjoint):
 
     def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
         def run(problem, stepper):
-            return FlatSolve.of(self.reverse, problem, stepper).solution()
+            return solution(self.reverse, problem, stepper)
 
         return vmappable(run, problem, undifferentiated(stepper))
 

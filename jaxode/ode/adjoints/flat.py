@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxode._jax.modes import WithSweep, differentiable, sweep_of
+from jaxode._jax.modes import WithSweep, differentiable, sweep_of, with_sweep
 from jaxode.ode.adjoints.vmap import Reverse
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.problem import Problem, Stepper
@@ -21,88 +21,69 @@ class FlatSolve(NamedTuple):
 
     reverse: Callable[[Problem], Reverse]
     """Flags of the leaves that are differentiated -> the way forward and back."""
-    inputs: list[Array]
     structure: Any
     """The structure of the inputs, `(problem, stepper)`."""
-    traced: dict[str, Any]
-    """The structures of the `outputs`, which have derivatives, of the `rest` and of the `record`:
-    they are known once a solve was traced."""
 
-    @classmethod
-    def of(
-        cls, reverse: Callable[[Problem], Reverse], problem: Problem, stepper: Stepper
-    ) -> "FlatSolve":
-        return cls(reverse, *jax.tree.flatten((problem, stepper)), {})
+    def run(self, inputs: list[Array]) -> tuple[Integration, Integration]:
+        """The solution in two parts: what has derivatives, and the rest."""
+        integration = integrate(*self.structure.unflatten(inputs))[0]
+        return eqx.partition(integration, with_derivatives(integration))
 
-    def solution(self) -> Integration:
-        """The solution, with every mode and order of differentiation."""
-        outputs, rest = differentiable(self._function, self._solve, self.inputs)
-        return eqx.combine(
-            self.traced["outputs"].unflatten(outputs), self.traced["rest"].unflatten(rest)
+    def record(self, moved: Flags, inputs: list[Array]):
+        """The parts of `run`, with what the sweep reads."""
+        recorded = self._reverse(moved).forward(*self.structure.unflatten(inputs))
+        return *eqx.partition(recorded[0], with_derivatives(recorded[0])), recorded
+
+    def recorded_sweep(
+        self, moved: Flags, touched: Flags, inputs: list[Array], recorded: Any, bars: list[Array]
+    ) -> list[Array]:
+        """The cotangents of the inputs that moved, from those of the outputs that are touched."""
+        problem, stepper = self.structure.unflatten(inputs)
+        outputs = jax.tree.structure(eqx.filter(recorded[0], with_derivatives(recorded[0])))
+        rest, reverse = iter(bars), self._reverse(moved)
+        bar = outputs.unflatten([next(rest) if flag else None for flag in touched])
+        return pulled_leaves(
+            reverse.wanted, problem, reverse.backward(recorded, bar, problem, stepper)
         )
-
-    def pulled_back(
-        self, wanted: Problem, recorded: tuple[Integration, Any], bar: Integration
-    ) -> Problem:
-        """The cotangents of the problem, with every mode and order of differentiation."""
-        problem, stepper = self.structure.unflatten(self.inputs)
-        moved = *map(bool, jax.tree.leaves(wanted)), *(False for _ in jax.tree.leaves(stepper))
-        self._split(recorded[0])
-        record = self._flat_record(recorded)
-        bars = self.traced["outputs"].flatten_up_to(eqx.filter(bar, with_derivatives(recorded[0])))
-        touched = tuple(bar is not None for bar in bars)
-        if not any(touched):
-            return jax.tree.map(lambda _: None, problem)
-        bars = [bar for bar in bars if bar is not None]
-        pulled = iter(sweep_of(self._function, moved, touched, self.inputs, record, bars))
-        return jax.tree.map(lambda _, flag: next(pulled) if flag else None, problem, wanted)
-
-    @property
-    def _function(self) -> WithSweep:
-        def value(inputs: list[Array]) -> list[Array]:
-            return self._solve(inputs)[0]
-
-        return WithSweep(value, self._sweep, self._record, self._recorded_sweep)
-
-    def _solve(self, inputs: list[Array]) -> tuple[list[Array], list[Array]]:
-        return self._split(integrate(*self.structure.unflatten(inputs))[0])
-
-    def _split(self, integration: Integration) -> tuple[list[Array], list[Array]]:
-        outputs, rest = eqx.partition(integration, with_derivatives(integration))
-        outputs, self.traced["outputs"] = jax.tree.flatten(outputs)
-        rest, self.traced["rest"] = jax.tree.flatten(rest)
-        return outputs, rest
-
-    def _flat_record(self, recorded: tuple[Integration, Any]) -> list[Array]:
-        record, self.traced["record"] = jax.tree.flatten(recorded)
-        return record
 
     def _reverse(self, moved: Flags) -> Reverse:
         return self.reverse(self.structure.unflatten(moved)[0])
 
-    def _record(self, moved: Flags, inputs: list[Array]):
-        recorded = self._reverse(moved).forward(*self.structure.unflatten(inputs))
-        return *self._split(recorded[0]), self._flat_record(recorded)
+    @property
+    def function(self) -> WithSweep:
+        """The solve, with its sweep."""
+        return with_sweep(self.run, self.record, self.recorded_sweep)
 
-    def _sweep(self, moved: Flags, touched: Flags, inputs: list[Array], bars: list[Array]):
-        *_, record = self._record(moved, inputs)
-        return self._recorded_sweep(moved, touched, inputs, record, bars)
 
-    def _recorded_sweep(
-        self,
-        moved: Flags,
-        touched: Flags,
-        inputs: list[Array],
-        record: list[Array],
-        bars: list[Array],
-    ) -> list[Array]:
-        problem, stepper = self.structure.unflatten(inputs)
-        recorded, reverse = self.traced["record"].unflatten(record), self._reverse(moved)
-        rest = iter(bars)
-        bar = self.traced["outputs"].unflatten([next(rest) if flag else None for flag in touched])
-        return pulled_leaves(
-            reverse.wanted, problem, reverse.backward(recorded, bar, problem, stepper)
-        )
+def solution(
+    reverse: Callable[[Problem], Reverse], problem: Problem, stepper: Stepper
+) -> Integration:
+    """The solution, with every mode and order of differentiation."""
+    inputs, structure = jax.tree.flatten((problem, stepper))
+    flat = FlatSolve(reverse, structure)
+    return eqx.combine(*differentiable(flat.function, flat.run, inputs))
+
+
+def pulled_back(
+    reverse: Callable[[Problem], Reverse],
+    problem: Problem,
+    stepper: Stepper,
+    wanted: Problem,
+    recorded: tuple[Integration, Any],
+    bar: Integration,
+) -> Problem:
+    """The cotangents of the problem, with every mode and order of differentiation."""
+    inputs, structure = jax.tree.flatten((problem, stepper))
+    moved = *map(bool, jax.tree.leaves(wanted)), *(False for _ in jax.tree.leaves(stepper))
+    outputs = jax.tree.structure(eqx.filter(recorded[0], with_derivatives(recorded[0])))
+    bars = outputs.flatten_up_to(eqx.filter(bar, with_derivatives(recorded[0])))
+    touched = tuple(bar is not None for bar in bars)
+    if not any(touched):
+        return jax.tree.map(lambda _: None, problem)
+    bars = [bar for bar in bars if bar is not None]
+    function = FlatSolve(reverse, structure).function
+    pulled = iter(sweep_of(function, moved, touched, inputs, recorded, bars))
+    return jax.tree.map(lambda _, flag: next(pulled) if flag else None, problem, wanted)
 
 
 def undifferentiated(stepper: Stepper) -> Stepper:
@@ -124,4 +105,6 @@ def pulled_leaves(wanted: Any, inputs: Any, bars: Any) -> list[Array]:
     """The cotangents of the leaves that are `wanted`. None in `bars` is zero."""
     flags, structure = jax.tree.flatten(wanted)
     of_all = zip(structure.flatten_up_to(bars), jax.tree.leaves(inputs), flags, strict=True)
-    return [jnp.zeros_like(x) if bar is None else bar for bar, x, flag in of_all if flag]
+    pulled = [(jnp.zeros_like(x) if bar is None else bar, x) for bar, x, flag in of_all if flag]
+    assert all((bar.shape, bar.dtype) == (x.shape, x.dtype) for bar, x in pulled)
+    return [bar for bar, _ in pulled]
