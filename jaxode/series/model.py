@@ -14,7 +14,7 @@ from jaxode._checks.samples import check_key
 from jaxode._jax.closure import compiled
 from jaxode.series.mixture import Mixture
 from jaxode.series.network import Seen, SeriesNetwork
-from jaxode.series.units import Units, as_float, check_at, check_series
+from jaxode.series.units import Units, as_float, check_at, check_series, last_observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Series:
         return np.asarray(self._ahead(ts, ys, at, context)[0])
 
     def _read(self, ts: Any, ys: Any, context: Any) -> tuple[np.ndarray, Seen, Any]:
-        """The times, the series as the network sees them, and the context."""
+        """The last time of each row, the series as the network sees them, and the context."""
         check_not_traced("looks at the data", ts, ys, context)
         ts, ys = check_series(ts, ys)
         if ys.shape[2:] != self.event_shape:
@@ -112,12 +112,12 @@ class Series:
                 f"{arg('ys')} must have {len(self.units.mean)} channels, as in training; got "
                 f"{ys.shape[2]}. Fill channels that were not observed with NaN."
             )
-        return ts, self.units.seen(ts, ys), self.units.known(context, len(ts))
+        return last_observed(ts, ys), self.units.seen(ts, ys), self.units.known(context, len(ts))
 
     def _read_to(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Seen, Any, Any, Any]:
         """The series, the context, the times between forecasts, and in how many parts each goes."""
-        ts, seen, given = self._read(ts, ys, context)
-        at, last = check_at(at, ts, seen.there)
+        last, seen, given = self._read(ts, ys, context)
+        at = check_at(at, last)
         dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
         return seen, given, as_float(dt), self.units.parts("at", dt)
 
@@ -165,7 +165,7 @@ def _forecast(
             state = network.later(state, dt, parts)
             mixture = network.predict(state)
             y = mixture.sample_within(key, *limits)
-            return network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y
+            return network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y
 
         return jax.lax.scan(step, state, (dt, parts, jax.random.split(key, len(dt))))[1]
 

@@ -48,7 +48,7 @@ class SeriesState(NamedTuple):
     last: Float[Array, " channels"]
     """The last value of each channel, zero before the first."""
     since: Float[Array, " channels"]
-    """The time since then."""
+    """The time since then, or since the start."""
 
 
 class Observed(NamedTuple):
@@ -63,7 +63,7 @@ class Observed(NamedTuple):
     y: Float[Array, " channels"]
     """The values, and zero in a gap."""
     gap: Float[Array, "1"]
-    """The logarithm of the time since the last one, in typical gaps."""
+    """The logarithm of the time since the last one that the state read, in typical gaps."""
 
 
 class Push(eqx.Module):
@@ -193,12 +193,13 @@ class SeriesNetwork(eqx.Module):
         known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
         return mixture._replace(mean=mixture.mean + known[None])
 
-    def jumped(self, state: SeriesState, mixture: Mixture, dt, y, there, key=None) -> SeriesState:
+    def jumped(self, state: SeriesState, mixture: Mixture, y, there, key=None) -> SeriesState:
         """The state after an observation, which stays as it is if there is none."""
         mean, variance = mixture.moments()
         surprise = (y - mean) * jax.lax.rsqrt(variance)
         surprise = surprise / jnp.sqrt(1 + (surprise / LARGEST_SURPRISE) ** 2)
-        gap = jnp.log(dt + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
+        since = jnp.min(state.since)  # any value, or since the start
+        gap = jnp.log(since + 0.01 * jnp.exp(self.log_gap)) - self.log_gap
 
         def here(x):
             return jnp.where(there, x, 0.0)
@@ -220,7 +221,7 @@ class SeriesNetwork(eqx.Module):
             state = self.later(state, dt, parts)
             mixture = self.predict(state, key)
             drop = None if key is None else jax.random.fold_in(key, 0)
-            return self.jumped(state, mixture, dt, y, there, drop), mixture
+            return self.jumped(state, mixture, y, there, drop), mixture
 
         keys = None if key is None else jax.random.split(key, len(seen.dt))
         each = seen.dt, seen.y, fed, seen.parts, keys

@@ -81,18 +81,18 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     return ts, ys
 
 
-def last_observed(ts: np.ndarray, there: np.ndarray) -> Float[np.ndarray, " rows"]:
+def last_observed(ts: np.ndarray, ys: np.ndarray) -> Float[np.ndarray, " rows"]:
     """The time of the last observation of each row."""
-    return np.where(there.any(axis=2), ts, -np.inf).max(1)
+    return np.where(np.isnan(ys).all(axis=2), -np.inf, ts).max(axis=1)
 
 
-def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times to forecast `[rows, times]`, and the time of the last observation of each row."""
-    at, last = _times("at", at), last_observed(ts, there)
-    at = np.tile(at, (len(ts), 1)) if at.ndim == 1 else at
-    if at.ndim != 2 or len(at) != len(ts) or not at.size:
+def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "rows times"]:
+    """Times to forecast `[rows, times]`, none before the last observation of its row."""
+    at, rows = _times("at", at), len(last)
+    at = np.tile(at, (rows, 1)) if at.ndim == 1 else at
+    if at.ndim != 2 or len(at) != rows or not at.size:
         raise ValueError(
-            f"{arg('at')} must be [times], or [rows, times] with {len(ts)} rows as in ts; got "
+            f"{arg('at')} must be [times], or [rows, times] with {rows} rows as in ts; got "
             f"shape {at.shape}."
         )
     check(
@@ -121,7 +121,7 @@ def check_at(at: Any, ts: np.ndarray, there: np.ndarray) -> tuple[np.ndarray, np
         lambda i, j: f"{at[i, j]:g} and then {at[i, j + 1]:g} in row {i}",
         cure,
     )
-    return at, last
+    return at
 
 
 def check_context(context: Any, rows: int) -> np.ndarray | None:
@@ -216,12 +216,17 @@ class Units:
         return cls(span, gap, longest, mean, sd, limits, known)
 
     def seen(self, ts: np.ndarray, ys: np.ndarray) -> Seen:
-        """The series as the network sees them, each at rest after its last observation.
+        """The series as the network sees them: the times at which something was observed, and then
+        rest at the last of them.
 
         Differences of times are exact to float64.
         """
+        blank = np.isnan(ys).all(axis=2)
+        ts = np.where(blank, last_observed(ts, ys)[:, None], ts)
+        order = np.argsort(blank, axis=1, kind="stable")
+        ts = np.take_along_axis(ts, order, axis=1)
+        ys = np.take_along_axis(ys, order[:, :, None], axis=1)
         there = ~np.isnan(ys)
-        ts = np.minimum(ts, last_observed(ts, there)[:, None])
         dt = np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time
         y = (np.where(there, ys, self.mean) - self.mean) / self.sd
         return Seen(as_float(dt), as_float(y), there, self.parts("ts", dt))

@@ -282,8 +282,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/model.py", "nats - (seen.there * np.log(self.units.sd))",
      "nats + (seen.there * np.log(self.units.sd))"),
     # All draws of a row jump by no values.
-    ("series/model.py", "network.jumped(state, mixture, dt, y, jnp.ones(y.shape, bool)), y",
-     "network.jumped(state, mixture, dt, y, jnp.zeros(y.shape, bool)), y"),
+    ("series/model.py", "network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y",
+     "network.jumped(state, mixture, y, jnp.zeros(y.shape, bool)), y"),
     # A channel that was never seen has a recent value.
     ("series/model.py", "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
     # An observation without a channel is one with its mean.
@@ -291,6 +291,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "y, jnp.where(there, 0.0, state.since)"),
     # A time without values changes the state.
     ("series/network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
+    # Training counts the gap of a jump since a time that it did not read.
+    ("series/network.py", "since = jnp.min(state.since)", "since = jnp.min(state.since) / 2"),
+    # A time without values goes back from the last one.
+    ("series/units.py", "np.where(blank, last_observed(ts, ys)[:, None], ts)",
+     "np.minimum(ts, last_observed(ts, ys)[:, None])"),
     # The waves of the field turn half as far.
     ("series/network.py", "angle = jnp.exp(self.frequency) * (0.5 * step)",
      "angle = jnp.exp(self.frequency) * (0.25 * step)"),

@@ -173,6 +173,30 @@ def test_padding_changes_nothing(model):
     np.testing.assert_array_equal(model.mean(*padded, AT), model.mean(TS, YS, AT))
 
 
+def test_times_without_values_change_nothing(model):
+    """On a common grid, most series have some: before the first observation, between and later."""
+    before, after = TS[:, :1] - [[7.0]], TS[:, -1:] + 7.0
+    between = TS[:, :1] + 0.9 * (TS[:, 1:2] - TS[:, :1])
+    ts = np.concatenate([before, TS[:, :1], between, TS[:, 1:], after], axis=1)
+    ys = np.insert(YS, [0, 1, 6], NAN, axis=1)
+    np.testing.assert_allclose(model.log_prob(ts, ys), model.log_prob(TS, YS), rtol=1e-12)
+    np.testing.assert_array_equal(model.mean(ts, ys, AT), model.mean(TS, YS, AT))
+
+
+def test_values_that_a_training_step_hides_are_as_those_that_were_not_observed(model):
+    """Of a field whose flow over a gap is exact, however it is divided."""
+    network = dataclasses.replace(model.params, push=jnp.zeros_like)
+    state = jax.jit(lambda seen, fed: network.read(seen, None, fed)[0])
+    ts, ys = TS[0], np.arange(12.0).reshape(6, 2)
+    less = changed(ys, 2, NAN)
+    whole, missing = (
+        jax.tree.map(lambda leaf: leaf[0], model.units.seen(ts[None], values[None]))
+        for values in (ys, less)
+    )
+    found, expected = state(whole, ~np.isnan(less)), state(missing, missing.there)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected)
+
+
 def test_later_times_without_values_change_nothing(model):
     """However far away they are."""
     ys = YS.copy()
