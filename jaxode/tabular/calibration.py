@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxode._checks.caller import arg
 from jaxode.density.density import Density
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.density.maps.normal import fit as normalizing
@@ -51,14 +52,38 @@ class Calibrated(eqx.Module):
         return to_data(self.to_normal, w.reshape(-1, 1))[0].reshape(w.shape)
 
 
-def calibrated(density: Density, levels: Float[np.ndarray, " rows"]) -> Density:
+def calibrated(
+    density: Density,
+    levels: Float[np.ndarray, " rows"],
+    weights: Float[np.ndarray, " rows"] | None = None,
+) -> Density:
     """The density with a base for which these levels, of rows that did not train it, are uniform.
 
     Args:
         density: of one number, with a normal base.
         levels: `density.cdf` of at least ten rows.
+        weights: of these rows. None for equal ones.
     """
+    levels = levels if weights is None else _of_equal_weight(levels, weights)
     z = np.asarray(NORMAL.icdf(jnp.clip(jnp.asarray(levels), FURTHEST, 1 - FURTHEST)))
     base = Calibrated(jax.tree.map(jnp.asarray, normalizing(z[:, None])))
     flow: CNF = density.flow
     return density.with_flow(dataclasses.replace(flow, base=base))
+
+
+def _of_equal_weight(
+    levels: Float[np.ndarray, " rows"], weights: Float[np.ndarray, " rows"]
+) -> Float[np.ndarray, " fewer"]:
+    """Levels with the distribution of the weighted ones, as many as the weights are worth
+    (Kish, 1965, Survey Sampling)."""
+    order, part = np.argsort(levels), weights / weights.max()
+    part = part / part.sum()
+    count = round(1 / np.sum(part**2))
+    at = np.searchsorted(np.cumsum(part[order]), (np.arange(count) + 0.5) / count)
+    found = levels[order][at]
+    if found[0] == found[-1]:
+        raise ValueError(
+            f"{arg('weights')} must count several of the rows aside, to calibrate on; got "
+            f"{part.max():.0%} of the weight in one of {len(part)} rows. Leave calibrate out."
+        )
+    return found

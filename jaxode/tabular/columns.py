@@ -198,7 +198,7 @@ class Column:
 
     def decode(self, mode: np.ndarray, x: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         """The values of modes and scaled numbers, with None where they are missing."""
-        values = np.full(len(mode), None, object)
+        values, moved = np.full(len(mode), None, object), 0
         for i, value in enumerate(self.values):
             values[mode == i] = value
         if self.pool:
@@ -209,17 +209,17 @@ class Column:
             here = mode == len(self.values) + i
             numbers = self.round_down(x[here].astype(float) * self.scale + self.center, i)
             values[here] = np.clip(numbers, *self.seen)
-            self._warn_of_moved(numbers, len(mode))
+            moved += int(np.count_nonzero(values[here] != numbers))
+        self._warn_of_moved(moved, len(mode))
         return values
 
-    def _warn_of_moved(self, numbers: np.ndarray, drawn: int) -> None:
+    def _warn_of_moved(self, moved: int, drawn: int) -> None:
         """Warn if many draws lie beyond the training rows, to whose ends they are moved."""
-        moved = np.mean(numbers != np.clip(numbers, *self.seen)) if len(numbers) else 0.0
-        if drawn >= DRAWS_TO_JUDGE and moved > MOST_MOVED:
+        if drawn >= DRAWS_TO_JUDGE and moved > MOST_MOVED * drawn:
             warnings.warn(
-                f"{arg('n')} {moved:.0%} of the numbers of column {self.name!r} lie beyond the "
-                "training rows, to whose ends they are moved: the density is too wide. Train "
-                "longer, or on more rows.",
+                f"{arg('n')} {moved / drawn:.0%} of the rows have a number of column {self.name!r} "
+                "beyond the training rows, to whose ends it is moved: the density is too wide. "
+                "Train longer, or on more rows.",
                 stacklevel=6,
             )
 
@@ -232,11 +232,13 @@ def categorical(
     text: bool,
     of_dates: str = "",
     is_given: bool = False,
+    weights: np.ndarray | None = None,
 ) -> Column:
     """A column of categories; those with fewer than `other` rows share a mode.
 
     By default, those beyond the `MANY` that are most frequent do, unless the column is given.
-    `of_dates`: what to do with them if they are dates.
+    `of_dates`: what to do with them if they are dates. `weights`: of the rows, for the shares in
+    the mode.
     """
     counts = Counter(values[~missing].tolist())
     levels = sorted(counts, key=str)
@@ -246,10 +248,15 @@ def categorical(
     if pools:
         rare = set(sorted(levels, key=lambda level: -counts[level])[MANY:])
     common = [level for level in levels if level not in rare]
-    total = sum(counts[level] for level in rare)
+    share = dict.fromkeys([level for level in levels if level in rare], 0.0)
+    each = zip(values, np.ones(len(values)) if weights is None else weights, strict=True)
+    for level, weight in each:
+        if level in share:
+            share[level] += float(weight)
+    total = sum(share.values())
     return Column(
         name, "categorical", (*common, *[OTHER] * bool(rare)), (), bool(missing.any()), text=text,
-        pool={level: counts[level] / total for level in levels if level in rare},
+        pool={level: weight / total for level, weight in share.items()},
     )  # fmt: skip
 
 

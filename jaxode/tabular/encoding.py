@@ -117,6 +117,10 @@ class Encoder:
         features = self.features(frame, name)
         return Encoded(modes, low, width, fill.astype(bool), features, log_scale)
 
+    def possible(self, rows: Encoded) -> np.ndarray:
+        """Which rows have a density above zero: no value that training had not."""
+        return (rows.modes >= 0).all(axis=1) & (rows.log_scale > -np.inf)
+
     def features(self, frame: Any, name: str = "frame") -> np.ndarray:
         """The given columns as numbers of order one."""
         parts = [np.zeros((len(frame), 0))]
@@ -182,15 +186,21 @@ class Encoder:
         present = np.array([column.present for column in self.columns])
         return (modes < 0) | (modes >= present)
 
-    def decode(self, modes: np.ndarray, x: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-        """The values of the modelled columns."""
+    def decode(
+        self, modes: np.ndarray, x: np.ndarray, seed: int, drawn: Any = True
+    ) -> dict[str, np.ndarray]:
+        """The values of the modelled columns. Those that are not `drawn`, `[rows, columns]`, stay
+        None."""
+        drawn = np.broadcast_to(drawn, modes.shape)
         draw, numbers = (
             np.random.default_rng(seed),
             {i: x[:, j] for j, i in enumerate(self.numbers)},
         )
         data = {}
         for i, column in enumerate(self.columns):
-            values = column.decode(modes[:, i], numbers.get(i, modes[:, i]), draw)
+            here, values = drawn[:, i], np.full(len(modes), None, object)
+            x_of = numbers.get(i, modes[:, i])
+            values[here] = column.decode(modes[here, i], x_of[here], draw)
             data[column.name] = values if column.dates is None else column.dates.objects(values)
         return data
 

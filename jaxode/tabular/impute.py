@@ -21,18 +21,21 @@ ROWS_OF_IMPUTATION = 256  # at a time
 
 def impute(
     table: Any, key: PRNGKeyArray, rows: Encoded, n: int
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Modes and numbers of `n` copies of each row, with what is missing drawn by a `Table`, and a
-    seed."""
-    parts = [(np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1])))]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Modes and numbers of `n` copies of each row, with what is missing drawn by a `Table`, and
+    which rows are impossible whatever is drawn."""
+    modes, x = np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1]))
+    parts = [(modes, x, np.zeros(0, bool))]
     for start in range(0, len(rows.modes), ROWS_OF_IMPUTATION):
         part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_IMPUTATION], rows)
         parts.append(_impute(table, jax.random.fold_in(key, start), part, n))
-    modes, x = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return modes, x, int(jax.random.bits(key))
+    modes, x, impossible = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return modes, x, impossible
 
 
-def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _impute(
+    table: Any, key: PRNGKeyArray, rows: Encoded, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     encoder, count, proposals = table.encoder, len(rows.modes), max(PROPOSALS, 4 * n)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, proposals, axis=0), rows)
@@ -53,9 +56,12 @@ def _impute(table: Any, key: PRNGKeyArray, rows: Encoded, n: int) -> tuple[np.nd
         weights = weights + log_ratio
     # The largest of weights with Gumbel noise is a draw by the weights.
     noise = np.asarray(jax.random.gumbel(keys[3], (count, n, proposals)), float)
-    weights = np.where(np.isfinite(weights), weights, -1e30).reshape(count, 1, proposals)
+    weights = weights.reshape(count, 1, proposals)
+    finite = np.isfinite(weights)
+    impossible = ~finite.any(axis=2, keepdims=True)
+    weights = np.where(impossible, 0.0, np.where(finite, weights, -np.inf))
     best = np.argmax(weights + noise, axis=2) + proposals * np.arange(count)[:, None]
-    return modes[best.reshape(-1)], x[best.reshape(-1)]
+    return modes[best.reshape(-1)], x[best.reshape(-1)], impossible.reshape(-1)
 
 
 def _drawn_numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):

@@ -20,7 +20,14 @@ from jaxode.tabular.periodic import TURN, Circle
 KINDS = ("categorical", "integer", "continuous", "periodic", "date")
 
 
-def encoder_of(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | None) -> Encoder:
+def encoder_of(
+    frame: Any,
+    given: Any,
+    kinds: Any,
+    bounds: Any,
+    other: int | None,
+    weights: np.ndarray | None = None,
+) -> Encoder:
     """How the rows of a frame become arrays, as the arguments of `tabular.fit` say."""
     try:
         given = (given,) if isinstance(given, str) else tuple(given)
@@ -44,7 +51,7 @@ def encoder_of(frame: Any, given: Any, kinds: Any, bounds: Any, other: int | Non
 
     def columns(names: list[str], is_given: bool) -> tuple[Column, ...]:
         return tuple(
-            _column(frame, name, kinds.get(name), bounds.get(name), other, is_given)
+            _column(frame, name, kinds.get(name), bounds.get(name), other, is_given, weights)
             for name in names
         )
 
@@ -63,7 +70,13 @@ def _is_kind(kind: Any) -> bool:
 
 
 def _column(
-    frame: Any, name: str, kind: Any, bounds: Any, other: int | None, is_given: bool
+    frame: Any,
+    name: str,
+    kind: Any,
+    bounds: Any,
+    other: int | None,
+    is_given: bool,
+    weights: np.ndarray | None,
 ) -> Column:
     kind, more = kind if isinstance(kind, tuple) else (kind, None)
     dates = _dates(frame, name, kind, more, is_given)
@@ -86,7 +99,7 @@ def _column(
         )
     if kind == "categorical":
         of_dates = cure_of_dates(frame, name) if text else ""
-        return categorical_column(name, values, missing, other, text, of_dates, is_given)
+        return categorical_column(name, values, missing, other, text, of_dates, is_given, weights)
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")

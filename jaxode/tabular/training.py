@@ -90,7 +90,8 @@ def fit(
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
         validation: the part of the rows to set aside, another one for each network, or a frame of
-            others. At most 1000 are used.
+            others. At most 1000 are used, and none of a frame whose density is zero, with a
+            warning.
         members: networks, each with an equal part of the seconds: of the numbers, whose fields are
             averaged (`jaxode.nn.Ensemble`), and of the categories, whose probabilities are. Five
             by default up to 5000 rows, and one beyond.
@@ -98,7 +99,8 @@ def fit(
             on the rows aside, each judged by a network that did not train on it. The mean of
             several networks is often sharper than they are, and its intervals then cover too much.
             No by default: networks that are best on rows aside have about right levels there.
-        weights: of the rows, at least 0, as for `jaxode.fit`.
+        weights: of the rows, at least 0, as for `jaxode.fit`. `other` counts rows, whatever their
+            weights.
         mesh: devices of one process to train the numbers on, as for `jaxode.fit`; the categories
             take one of them.
         progress: show steps, the loss of validation rows and the time left on stderr.
@@ -111,7 +113,8 @@ def fit(
 
     Warns:
         UserWarning: of numbers that depend on each other linearly: they have no density; and of
-            more than 500 categories in a modelled column, or more than a tenth of the rows.
+            more than 500 categories in a modelled column, or more than a tenth of the rows; and of
+            rows of a frame `validation` that are left out.
     """
     begin = time.perf_counter()
     keys = jax.random.split(check_key(key), 4)
@@ -125,7 +128,7 @@ def fit(
         )
     other = None if other is None else integer("other", other, 2)
     frame, weights = _checked_frame(frame, weights)
-    encoder = encoder_of(frame, given, kinds or {}, bounds or {}, other)
+    encoder = encoder_of(frame, given, kinds or {}, bounds or {}, other, weights)
     calibrate = _calibrates(encoder, calibrate)
     members = _members(members, len(frame))
     parts = _split(encoder, frame, validation, keys[0], members, weights)
@@ -140,7 +143,7 @@ def fit(
     if encoder.numbers:
         density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
         if calibrate:
-            density = calibrated(density, _levels_aside(encoder, density, parts, keys[3]))
+            density = calibrated(density, *_levels_aside(encoder, density, parts, keys[3]))
         moments, points = _moments(encoder, parts[0], keys[3]), points + more
     elif progress:
         finish()
@@ -194,11 +197,19 @@ def _split(
 
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
-        known = np.flatnonzero((aside.modes >= 0).all(axis=1))  # the others have a density of zero
+        possible = encoder.possible(aside)
+        known = np.flatnonzero(possible)
         if not len(known):
             raise ValueError(
                 f"{arg('validation')} must have at least one row whose values were in training; "
                 "got none."
+            )
+        if len(known) < len(possible):
+            warnings.warn(
+                f"{arg('validation')} must have values that were in training; got others in "
+                f"{len(possible) - len(known)} of {len(possible)} rows, such as row "
+                f"{np.argmin(possible)}. Their density is zero, and the score leaves them out.",
+                stacklevel=4,
             )
         aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
         return [Part(rows, aside, weights)] * members
@@ -301,15 +312,18 @@ def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
 
 def _levels_aside(
     encoder: Encoder, density: Density, parts: list[Part], key: PRNGKeyArray
-) -> np.ndarray:
-    """The levels of rows aside, each in the density of a network that did not train on it."""
-    found = []
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The levels of rows aside, each in the density of a network that did not train on it, and
+    their weights, if there are any."""
+    found, weights = [], []
     for part, network in zip(parts, members_of(density.params), strict=False):
         cells = encoder.as_cells(part.aside)
         x, _ = with_noise(encoder.domain, cells, key)
         levels = density.with_params(network).cdf(x, context=cells.context)
-        found.append(np.asarray(levels)[~cells.fill[:, 0]])
-    return np.concatenate(found)
+        there = ~cells.fill[:, 0]
+        found.append(np.asarray(levels)[there])
+        weights.append(None if part.of_aside is None else part.of_aside[there])
+    return np.concatenate(found), None if weights[0] is None else np.concatenate(weights)
 
 
 def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):

@@ -598,6 +598,20 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("tabular/several_grids.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
     # Quantiles at levels that are hardly apart cross.
     ("tabular/predictions.py", "return np.maximum.accumulate(y, axis=1)[", "return y["),
+    # All rows aside count alike in a calibration.
+    ("tabular/calibration.py", "if weights is None else _of_equal_weight(levels, weights)",
+     "if weights is None else levels"),
+    # A pooled category has the share of its rows, whatever they weigh.
+    ("tabular/columns.py", "share[level] += float(weight)", "share[level] += 1.0"),
+    # A row that is impossible gets copies of the first proposal.
+    ("tabular/impute.py", "np.where(impossible, 0.0, np.where(finite, weights, -np.inf))",
+     "np.where(finite, weights, -1e30)"),
+    # Draws beyond the training rows count as a part of those on a grid.
+    ("tabular/columns.py", "self._warn_of_moved(moved, len(mode))",
+     "self._warn_of_moved(moved, max(moved, 1))"),
+    # Rows that training could not have count in the score.
+    ("tabular/training.py", "known = np.flatnonzero(possible)",
+     "known = np.arange(len(possible))"),
     # Levels are judged by the networks that were trained on their rows.
     ("tabular/training.py", "cells = encoder.as_cells(part.aside)",
      "cells = encoder.as_cells(part.rows)"),

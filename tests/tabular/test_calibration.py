@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
@@ -48,6 +49,29 @@ def test_levels_are_those_of_the_rows():
     )
 
 
+def test_levels_are_those_of_the_weighted_rows():
+    """With weights of `exp(-x / 2)`, the rows are gamma of two thirds of the scale, and 70% as
+    many."""
+    start, _ = of_gamma()
+    weights = 1e9 * np.exp(-DRAWN[:, 0] / 2)
+    density = calibrated(start, start.cdf(DRAWN), weights)
+    weighted = scipy.stats.gamma(3, scale=2 / 3)
+    levels = np.array([0.01, 0.1, 0.5, 0.9, 0.99])
+    found = density.cdf(weighted.ppf(levels)[:, None])
+    np.testing.assert_allclose(found, levels, atol=5 / (2 * np.sqrt(0.7 * ROWS)))
+
+
+def test_equal_weights_are_none():
+    start, density = of_gamma()
+    weighted = calibrated(start, start.cdf(DRAWN), np.full(ROWS, 0.3))
+    pairs = (jax.tree.leaves(d.flow.base) for d in (weighted, density))
+    for a, b in zip(*pairs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    one = np.where(np.arange(ROWS) == 7, 1.0, 1e-9)
+    with pytest.raises(ValueError, match=r"\(weights=...\): must count several .* got 100% of the"):
+        calibrated(start, start.cdf(DRAWN), one)
+
+
 def test_it_is_one_distribution():
     start, density = of_gamma()
     x = np.linspace(-30, 60, ROWS)
@@ -81,21 +105,23 @@ def test_rows_aside_are_judged_by_networks_that_did_not_see_them(monkeypatch):
     density, seen = OfNetworks(Ensemble.of([0.0, 0.3, 1.0])), []
     monkeypatch.setattr(training, "_train_numbers", lambda *_: (density, []))
     monkeypatch.setattr(
-        training, "calibrated", lambda density, levels: seen.append(levels) or density
+        training, "calibrated", lambda density, *aside: seen.append(aside) or density
     )
-    options = {"key": KEY, "members": 3, "calibrate": True, "progress": False}
     frame = FRAMES["continuous"]
+    weights = 1.0 + np.arange(len(frame)) % 7
+    options = {"key": KEY, "members": 3, "calibrate": True, "progress": False, "weights": weights}
     table, _ = tabular.fit(frame, **OPTIONS["continuous"] | options)
-    (levels,) = seen
+    ((levels, weights_aside),) = seen
     assert len(levels) == 3 * 30
     of = lambda network: dataclasses.replace(table, density=OfNetworks(network))
     each = np.stack([of(network).cdf(frame) for network in density.params.members])
-    sides = []
-    for i, part in enumerate(np.split(levels, 3)):
+    sides, aside = [], np.stack([levels, weights_aside])
+    for i, (part, own) in enumerate(np.split(aside, 3, axis=1)):
         apart = np.abs(each[i][:, None] - part)
         assert apart.min(axis=0).max() < 1e-6
         assert np.abs(each[i - 1][:, None] - part).min(axis=0).max() > 1e-3
         sides.append(set(apart.argmin(axis=0)))
+        np.testing.assert_array_equal(own, weights[apart.argmin(axis=0)])
     assert len(set.union(*sides)) > 60  # each has other rows aside
 
 

@@ -222,6 +222,16 @@ def test_numbers_as_categories():
     assert (column.decode(mode, values, RNG) == values).all()
 
 
+def test_draws_beyond_the_training_rows_are_told_as_a_part_of_all_draws():
+    column, *_ = column_of(np.r_[np.zeros(900), RNG.normal(size=100)])
+    mode, x = np.zeros(1000, int), np.full(1000, 99.0)
+    mode[:40] = 1
+    assert column.decode(mode, x, RNG).max() == column.seen[1]  # without a warning
+    mode[:60] = 1
+    with pytest.warns(UserWarning, match="6% of the rows have a number of column 'x' beyond"):
+        column.decode(mode, x, RNG)
+
+
 def test_floats_beyond_their_own_decimals_have_no_grid():
     for size in (2e30, 1e19, 3.7e9):
         values = size * RNG.normal(1.0, 0.1, 500)

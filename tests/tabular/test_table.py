@@ -1,5 +1,6 @@
 """The density of a table is one, and what is drawn from it is a frame like that of training."""
 
+import dataclasses
 import decimal
 import pickle
 
@@ -127,13 +128,15 @@ def test_units():
     assert abs(total - 1) < 0.005
 
 
-def test_pooled_categories_sum_to_one():
+@pytest.mark.parametrize(("of_q", "of_r"), [(1.0, 1.0), (0.1, 10.0)])
+def test_pooled_categories_sum_to_one(of_q, of_r):
+    """Each has the part of the weights of its rows."""
     rows = ["a"] * 60 + ["b"] * 30 + ["q", "r", "r"]
-    frame = pd.DataFrame({"x": rows})
-    fitted = untrained(frame, other=5)
+    frame, weights = pd.DataFrame({"x": rows}), [1.0] * 90 + [of_q, of_r, of_r]
+    fitted = untrained(frame, other=5, weights=weights)
     p = np.exp(fitted.log_prob(pd.DataFrame({"x": ["a", "b", "q", "r", "new"]})))
     assert abs(p.sum() - 1) < 1e-5
-    assert abs(p[3] / p[2] - 2) < 1e-5
+    assert p[3] / p[2] == pytest.approx(2 * of_r / of_q, rel=1e-5)
     assert p[4] == 0
 
 
@@ -296,6 +299,28 @@ def test_imputed_values_follow_the_rest_of_the_row():
     assert abs((filled.old[500:] == True).mean() - p[0, 0] / p[0].sum()) < 0.09  # noqa: E712
 
 
+def test_rows_that_are_impossible_whatever_is_filled_in_are_named():
+    """Their draws are proposals, not copies of the first one."""
+
+    class Nowhere:
+        log_prob = staticmethod(lambda x, *, context: np.full(len(x), -np.inf, np.float32))
+
+    rows = pd.DataFrame({"group": ["a", None], "count": [7, 7], "age": [41.0, 41.0]})
+    fitted = dataclasses.replace(table("mixed"), density=Nowhere())
+    with pytest.warns(
+        UserWarning, match=r"^Table.impute\(frame=...\): .* in 1 rows, such as row 1"
+    ) as caught:
+        filled = fitted.impute(KEY, rows, 40)
+    assert caught[0].filename == __file__
+    assert set(filled.group[-40:]) == {"a", "b"}
+
+
+def test_numbers_beyond_the_training_rows_are_told_if_they_are_drawn():
+    """An imputation may know any number of them."""
+    row = pd.DataFrame({"group": [None], "count": [7], "age": [1e3]})
+    assert (table("mixed").impute(KEY, row, 200).age == 1e3).all()
+
+
 def test_imputed_numbers_have_the_conditional_density():
     """The number of a group and a count, from the joint density by quadrature."""
     row = pd.DataFrame({"group": ["a"], "count": [7], "age": [np.nan]})
@@ -322,7 +347,11 @@ def test_validation_rows_of_your_own(capsys):
     assert abs(min(point.nats for point in points) - nats) < 1e-4
     # A number of few that training had not has a density of zero, and is left out.
     both = pd.concat([frame[250:], pd.DataFrame({"n": [9], "group": ["a"]})])
-    _, others = tabular.fit(frame[:250], validation=both, **options | {"progress": True})
+    with pytest.warns(
+        UserWarning, match=r"\(validation=...\): .* in 1 of 51 rows, such as row 50"
+    ) as caught:
+        _, others = tabular.fit(frame[:250], validation=both, **options | {"progress": True})
+    assert caught[0].filename == __file__
     assert capsys.readouterr().err.startswith("categories: step 0, validation loss ")
     np.testing.assert_allclose([p.nats for p in others], [p.nats for p in points], rtol=1e-4)
 
