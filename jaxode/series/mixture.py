@@ -100,19 +100,22 @@ class Mixture(NamedTuple):
         inside = jnp.all((ys >= low[None]) & (ys <= high[None]), axis=1)
         return jnp.clip(ys[jnp.argmax(inside)], low, high)
 
-    def quantile(self, q: Float[Array, ""]) -> Float[Array, " channels"]:
-        """Of each channel alone, by bisection."""
+    def quantile(self, q: Float[Array, ""], rest: Float[Array, ""]) -> Float[Array, " channels"]:
+        """Of each channel alone, by bisection. `rest` is `1 - q`, whose digits `q` may not hold."""
         sd, weight = jnp.sqrt(self.variance), jnp.exp(self.log_weight)
-        least = jax.scipy.special.ndtri(q) * sd + self.mean  # of each component
+        # Of the mixture or of its mirror image, whichever has the level in its lower half.
+        sign, tail = jnp.where(q < rest, 1.0, -1.0), jnp.minimum(q, rest)
+        mean = sign * self.mean
+        least = jax.scipy.special.ndtri(tail) * sd + mean  # of each component
 
         def halve(_, ends):
             low, high = ends
             middle = 0.5 * (low + high)
-            below = weight @ jax.scipy.special.ndtr((middle[None] - self.mean) / sd) < q
+            below = weight @ jax.scipy.special.ndtr((middle[None] - mean) / sd) < tail
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
         low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (least.min(0), least.max(0)))
-        return 0.5 * (low + high)
+        return sign * 0.5 * (low + high)
 
 
 def _orthogonal(x: Array, to: Array, square: Array) -> Array:

@@ -87,8 +87,14 @@ class Series:
         levels = np.asarray(numbers("q", q), float)
         if not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")
+        ends = as_float(np.stack([levels.ravel(), 1 - levels.ravel()], axis=1))
+        if (ends < (least := np.finfo(ends.dtype).tiny)).any():
+            raise ValueError(
+                f"{arg('q')} must be at least {least:.2g}, and as far from 1, in {ends.dtype}; got "
+                f"{q}. Take a level further inside."
+            )
         ahead = self._ahead(ts, ys, at, context)[1]
-        found = np.asarray(_quantile(ahead, as_float(levels.ravel())), float)
+        found = np.asarray(_quantile(ahead, ends), float)
         return self._in_units(found.reshape(*levels.shape, *found.shape[1:]))
 
     @public("Series.state")
@@ -182,8 +188,8 @@ def _mean(ahead: Mixture):
 
 
 @compiled
-def _quantile(ahead: Mixture, levels: Any):
-    def of_rows(q):
-        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(q)))(ahead)
+def _quantile(ahead: Mixture, ends: Float[Array, "levels 2"]):
+    def of_rows(end):
+        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(*end)))(ahead)
 
-    return jax.lax.map(of_rows, levels)
+    return jax.lax.map(of_rows, ends)

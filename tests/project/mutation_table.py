@@ -275,6 +275,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Quantiles are those without what channels share.
     ("series/mixture.py", "return self.sd**2 + jnp.sum(self.loading**2, axis=1)[None]",
      "return self.sd**2"),
+    # A level near 1 loses its digits.
+    ("series/model.py", "np.stack([levels.ravel(), 1 - levels.ravel()], axis=1)",
+     "np.stack([levels.ravel(), 1 - np.float32(levels.ravel())], axis=1)"),
     # Draws reach far beyond the range of training.
     ("series/mixture.py", "jnp.clip(ys[jnp.argmax(inside)], low, high)",
      "ys[jnp.argmax(inside)]"),

@@ -221,6 +221,21 @@ def test_units_shift_the_density(of_context):
     np.testing.assert_allclose(mean, expected, atol=1e-6, rtol=1e-6)
 
 
+def test_quantiles_in_single_precision_reach_as_far(model):
+    """A level of `1 - 1e-9` is 1 there."""
+    levels = np.array([1e-9, 1 - 1e-9])
+    expected = model.quantile(levels, TS, YS, AT)
+    single = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), model.params)
+    with jax.enable_x64(False):
+        found = Series(single, model.units).quantile(levels, TS, YS, AT)
+        with pytest.raises(
+            ValueError, match=r"\(q=...\): must be at least 1.2e-38, and as far from"
+        ):
+            model.quantile(1e-39, TS, YS, AT)
+    spread = np.ptp(expected, axis=0).max(axis=(0, 1))
+    assert (np.abs(found - expected) < 1e-4 * spread).all()
+
+
 def test_draws_are_a_function_of_the_key_and_have_the_moments_of_the_density(model):
     key, some = jax.random.key(1), (TS[:3], YS[:3])
     draws = model.forecast(key, *some, AT, n=4000)
