@@ -43,8 +43,9 @@ def check_samples(name: str, x: Any, event: tuple[int, ...]) -> Float[Array, "ba
             )
         raise TypeError(f"{arg(name)} must have a floating dtype; got {x.dtype}. {cure}")
     if jnp.ndim(x) != len(event) + 1 or jnp.shape(x)[1:] != event:
+        cure = f" Pass {name}[None] for a single one." if jnp.shape(x) == event else ""
         raise ValueError(
-            f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}."
+            f"{arg(name)} must have shape {shape_of('batch', event)}; got {jnp.shape(x)}.{cure}"
         )
     return jnp.asarray(x)
 

@@ -141,10 +141,12 @@ class Network(eqx.Module):
             )
         shape = None if context is None else jnp.shape(context)
         if shape != ((context_size,) if context_size else None):
+            cure = f"Pass context=, with {context_size} numbers for each sample."
+            if not context_size:
+                cure = "Leave it out, or make the network with context_size=."
             raise ContextError(
                 f"{name}(context_size={context_size}): the context of a sample must be a vector of "
-                f"this size, and None for size 0; got shape {shape}. Pass "
-                "such a context, or leave it out."
+                f"this size, and None for size 0; got shape {shape}. {cure}"
             )
         if not self._fits(y.shape):
             raise MisfitError(

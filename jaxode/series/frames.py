@@ -9,6 +9,7 @@ from jaxode._checks.caller import arg, public
 from jaxode.series.units import check
 from jaxode.tabular import frames
 from jaxode.tabular.dates import is_date
+from jaxode.tabular.formats import cure_of_numbers
 
 
 @public("series.from_frame")
@@ -37,8 +38,8 @@ def from_frame(
             f"{arg('time')} must be another column than row; got {time!r} for both. Pass as "
             "row= the column that tells series from one another."
         )
-    of_row, times = frames.read("frame", frame, row), _numeric_column(frame, time)
-    for column, missing in ((row, of_row.missing), (time, np.isnan(times))):
+    (of_row, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
+    for column, missing in ((row, no_row), (time, np.isnan(times))):
         must = f"have a value of {column!r} in each line"
         check("frame", missing, must, lambda i: f"none in line {i}", "Leave such lines out.")
     channels = [column for column in frame.columns if column not in (row, time)]
@@ -48,9 +49,9 @@ def from_frame(
             f"{len(times)} lines and the columns {frame.columns}."
         )
     values = np.stack([_numeric_column(frame, column) for column in channels], axis=1)
-    names = list(dict.fromkeys(of_row.values))  # in the order of their first lines
+    names = list(dict.fromkeys(of_row))  # in the order of their first lines
     number = {name: i for i, name in enumerate(names)}
-    place = np.array([number[name] for name in of_row.values])
+    place = np.array([number[name] for name in of_row])
     order = np.lexsort((times, place))
     place, times, values = place[order], times[order], values[order]
     wrong = (np.diff(place) == 0) & (np.diff(times) == 0)
@@ -68,6 +69,15 @@ def from_frame(
     return ts, ys
 
 
+def _identifiers(frame: Any, column: str) -> tuple[list[Any], np.ndarray]:
+    """What tells series apart, and where it is missing. Integers of any size keep their digits."""
+    series = frames.column_of("frame", frame, column)
+    if series.dtype.is_integer():
+        return series.to_list(), np.array(series.is_null().to_numpy(), bool)
+    found = frames.read("frame", frame, column)
+    return found.values.tolist(), found.missing
+
+
 def _numeric_column(frame: Any, column: str) -> np.ndarray:
     """A column, NaN where it has no value."""
     start = f"{arg('frame')} column {column!r} must hold numbers"
@@ -78,5 +88,8 @@ def _numeric_column(frame: Any, column: str) -> np.ndarray:
         )
     found = frames.read("frame", frame, column)
     if found.text:
-        raise TypeError(f"{start}; got text or booleans. Encode it as numbers, or leave it out.")
+        raise TypeError(
+            f"{start}; got text or booleans. {cure_of_numbers(frame, column)}Encode it as numbers, "
+            "or leave it out."
+        )
     return np.where(found.missing, np.nan, found.values)

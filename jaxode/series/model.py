@@ -188,7 +188,7 @@ def _mean(ahead: Mixture):
 
 
 @compiled
-def _quantile(ahead: Mixture, ends: Float[Array, "levels 2"]):
+def _quantile(ahead: Mixture, ends: Any):
     def of_rows(end):
         return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(*end)))(ahead)
 

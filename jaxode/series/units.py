@@ -34,13 +34,23 @@ def _times(name: str, times: Any) -> np.ndarray:
     return np.asarray(numbers(name, times), float)
 
 
+def _cure_of_shapes(ts: tuple[int, ...], ys: tuple[int, ...]) -> str:
+    """What to pass, if both are arrays of at least one time."""
+    if len(ts) == 1 and ys[1:2] == ts:  # of all rows
+        cure = "For times that all rows share, pass np.broadcast_to(ts, ys.shape[:2])"
+        return f"{cure}{' and ys[:, :, None]' if len(ys) == 2 else ''}."
+    if len(ys) == 2 and ys == ts:
+        return "For a single channel, pass ys[:, :, None]."
+    return "Pass a time for each row and time of ys."
+
+
 def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     """Times `[rows, times]` and values `[rows, times, channels]`, as arrays of NumPy."""
     ts, ys = _times("ts", ts), np.asarray(numbers("ys", ys), float)
     if ts.ndim != 2 or ys.ndim != 3 or ys.shape[:2] != ts.shape or not ys.size:
         raise ValueError(
             f"{arg('ys')} must be [rows, times, channels] for ts [rows, times]; got ts of shape "
-            f"{ts.shape} and ys of shape {ys.shape}. For a single channel, pass ys[:, :, None]."
+            f"{ts.shape} and ys of shape {ys.shape}. {_cure_of_shapes(ts.shape, ys.shape)}"
         )
     cure = "Pad a row by repeating its last time, with NaN in ys."
     check(

@@ -230,21 +230,21 @@ def categorical(
     missing: np.ndarray,
     other: int | None,
     text: bool,
-    of_dates: str = "",
+    cures: tuple[str, str] = ("", ""),
     is_given: bool = False,
     weights: np.ndarray | None = None,
 ) -> Column:
     """A column of categories; those with fewer than `other` rows share a mode.
 
     By default, those beyond the `MANY` that are most frequent do, unless the column is given.
-    `of_dates`: what to do with them if they are dates. `weights`: of the rows, for the shares in
-    the mode.
+    `cures`: what to do with them if they are dates, or numbers. `weights`: of the rows, for the
+    shares in the mode.
     """
     counts = Counter(values[~missing].tolist())
     levels = sorted(counts, key=str)
     rare = {level for level in levels if counts[level] < (other or 0)}
     pools = other is None and not is_given
-    _check_levels(name, len(levels) - len(rare), len(values), of_dates, is_given, pools)
+    _check_levels(name, len(levels) - len(rare), len(values), cures, is_given, pools)
     if pools:
         rare = set(sorted(levels, key=lambda level: -counts[level])[MANY:])
     common = [level for level in levels if level not in rare]
@@ -261,14 +261,15 @@ def categorical(
 
 
 def _check_levels(
-    name: str, number: int, rows: int, of_dates: str, is_given: bool, pools: bool
+    name: str, number: int, rows: int, cures: tuple[str, str], is_given: bool, pools: bool
 ) -> None:
     """Warn of many categories, and raise if they are a large part of the rows."""
     if number <= min(MANY, max(FEW_VALUES, SHARE * rows)):
         return
+    of_dates, of_numbers = cures
     cure = f"Drop the column, or pool categories with fewer than {POOLED} rows by other={POOLED}."
     message = f"{arg('frame')} column {name!r} must repeat its categories; got {number} of them"
-    message += f" in {rows} rows. {of_dates or cure}"
+    message += f" in {rows} rows. {of_dates or of_numbers + cure}"
     if number > max(FEW_VALUES, TOO_LARGE_SHARE * rows):
         raise ValueError(message)
     effect = (

@@ -1,6 +1,7 @@
 """The formats of dates in text."""
 
 import datetime
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,8 @@ FORMATS = (
     for first in (f"%d{sep}%m", f"%m{sep}%d")),
 )  # fmt: skip
 CLOCKS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%H:%M:%SZ", "%H:%M:%S.%fZ")
-LOOKED_AT = 100  # texts, which tell whether categories are dates
+LOOKED_AT = 100  # texts, which tell whether categories are dates or numbers
+MOSTLY = 0.8  # of the texts of a column of numbers are some: the others stand for missing ones
 
 
 def cure_of_dates(frame: Any, column: str) -> str:
@@ -25,6 +27,21 @@ def cure_of_dates(frame: Any, column: str) -> str:
         return ""
     kind = "date" if len(found) == 1 else ("date", found[0])
     return f"Read it as dates: kinds={{{column!r}: {kind!r}}}."
+
+
+def cure_of_numbers(frame: Any, column: str) -> str:
+    """How to read texts most of which are numbers, or nothing if they are not."""
+    texts = frame[column].drop_nulls().head(LOOKED_AT).to_list()
+    if not texts or sum(map(_is_number, texts)) < MOSTLY * len(texts):
+        return ""
+    return f"If it holds numbers, pass pandas.to_numeric(frame[{column!r}], errors='coerce'). "
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def texts_of(name: str, series: Any) -> list[str]:

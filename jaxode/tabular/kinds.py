@@ -13,7 +13,7 @@ from jaxode.tabular.columns import Column, angular, numeric, spread
 from jaxode.tabular.columns import categorical as categorical_column
 from jaxode.tabular.dates import Dates, is_date
 from jaxode.tabular.encoding import Encoder
-from jaxode.tabular.formats import cure_of_dates
+from jaxode.tabular.formats import cure_of_dates, cure_of_numbers
 from jaxode.tabular.multiples import LARGEST
 from jaxode.tabular.periodic import TURN, Circle
 
@@ -89,8 +89,8 @@ def _column(
         )
     if text and kind not in (None, "categorical"):
         raise ValueError(
-            f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. Convert it to numbers "
-            "first."
+            f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. "
+            f"{cure_of_numbers(frame, name)}Convert it to numbers first."
         )
     kind = kind or ("categorical" if text else None)
     if bounds is not None and (is_given or kind == "categorical"):
@@ -98,8 +98,8 @@ def _column(
             f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
         )
     if kind == "categorical":
-        of_dates = cure_of_dates(frame, name) if text else ""
-        return categorical_column(name, values, missing, other, text, of_dates, is_given, weights)
+        cures = (cure_of_dates(frame, name), cure_of_numbers(frame, name)) if text else ("", "")
+        return categorical_column(name, values, missing, other, text, cures, is_given, weights)
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")

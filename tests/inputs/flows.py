@@ -114,7 +114,8 @@ ROWS = {
         ({"base": OF_COORDINATES}, "^~ one number per sample, shape (3,); got (3, 2)"),
         ({"divergence": PER_PROBE}, f"^cnf(divergence=...): {OF_EACH}"),
         ({"f": nn.field, "params": nn.MLP(2, key=KEY, context_size=3)}, "^MLP(context_size=3): the "
-         "context of a sample must be a vector of this size, and None for size 0; got shape None."),
+         "context of a sample must be a vector of this size, and None for size 0; got shape None. "
+         "Pass context=, with 3 numbers for each sample."),
     ],
     ("log_prob_and_error", ValueError): [
         ({"divergence": HUTCHINSON, "key": KEY}, "^~ needs a divergence with at least two probes"),
@@ -164,7 +165,7 @@ ROWS = {
         ({"context": NETWORK}, "^MLP(t, y, context): the context must be a vector; got a network."),
     ],
     ("Residual of a sample", ValueError): [
-        ({"context": ONE}, "^Residual(context_size=3): ~; got shape (2,). Pass such a context"),
+        ({"context": ONE}, "^Residual(context_size=3): ~; got shape (2,). Pass context=, with 3"),
     ],
     ("Residual of a sample", TypeError): [
         ({"context": NETWORK}, "^Residual(t, y, context): the context must be a vector; got a net"),

@@ -106,7 +106,7 @@ ROWS = [
     *must(jnp.zeros((3, 2), "u4"), ValueError, "", {"nll": "key"}, "must be one key; got keys of"),
     *must(jnp.ones((4, 3)), ValueError, "", SAMPLED, "must have shape [batch, 2]; got (4, 3)."),
     *must(X[:, :1], ValueError, "", {"matching_loss": "x0"}, "must have shape [batch, 2]; got (3,"),
-    *must(X[0], ValueError, "", SAMPLED, "must have shape [batch, 2]; got (2,)."),
+    *must(X[0], ValueError, "", SAMPLED, "must have shape [batch, 2]; got (2,). Pass ~[None]"),
     *must(jnp.ones((3, 2), int), TypeError, "", SAMPLED, "must have a floating dtype; got int64."),
     *must(X.astype(complex), TypeError, "", SAMPLED, "must have a floating dtype; got complex128."),
     *must([[0.0, 1.0]], TypeError, "", SAMPLED, "must be an array of numbers; got list. Convert"),

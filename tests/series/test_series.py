@@ -480,6 +480,16 @@ def test_frames(library):
     np.testing.assert_array_equal(ys[1], [[60, NAN], [62, 7.4], [63, NAN]])
 
 
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_large_identifiers_tell_series_apart(library):
+    numbers = [{"a": 2**53, "b": 2**53 + 1}[name] for name in LINES["patient"]]
+    make = pytest.importorskip(library).DataFrame
+    found = jaxode.series.from_frame(make(LINES | {"patient": numbers}), row="patient", time="hour")
+    expected = jaxode.series.from_frame(make(LINES), row="patient", time="hour")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 FRAMES = {
     "twice": ({"hour": [2.0, 0.0, 1.0, 0.0, 3.0]}, "each time of a series once; got 0 twice in pa"),
     "no time": (
@@ -487,6 +497,10 @@ FRAMES = {
         "must have a value of 'hour' in each line; got none in line 1",
     ),
     "text": ({"ph": list("vwxyz")}, "column 'ph' must hold numbers; got text or booleans. Encode"),
+    "numbers as text": (
+        {"ph": ["7.1", "7", "n/a", "7.2", "7"]},
+        r"got text or booleans. If it .* pandas.to_numeric\(frame\['ph'\], errors='coerce'\)",
+    ),
     "booleans": ({"ph": [True] * 5}, "column 'ph' must hold numbers; got text or booleans. Encode"),
     "dates": (
         {"hour": pd.date_range("2020-01-01", periods=5, freq="h")},
@@ -524,7 +538,10 @@ WRONG = {
     "unseen": (TS, changed(YS, (..., 1), NAN), {}, "different values .*; got none in channel 1"),
     "constant": (TS, YS * [1.0, 0.0], {}, "got only 0 in channel 1"),
     "infinite": (TS, changed(YS, (1, 2, 0), np.inf), {}, "got inf in row 1, channel 0. Leave"),
-    "shape": (TS, YS[:, :, 0], {}, r"must be \[rows, times, channels\] .* shape \(24, 6\)"),
+    "shape": (TS, YS[:, :, 0], {}, r"channels\] .* shape \(24, 6\). For a single channel, pass"),
+    "shared times": (TS[0], YS, {}, r"\(24, 6, 2\). For times .* np.broadcast_to\(ts, ys.shape"),
+    "shared, one channel": (TS[0], YS[:, :, 0], {}, r"ys.shape\[:2\]\) and ys\[:, :, None\]"),
+    "too few times": (TS[:, :5], YS, {}, r"\(24, 6, 2\). Pass a time for each row and time of ys"),
     "one row": (TS[:1], YS[:1], {}, "at least three series, .* got 1"),
     "one time": (TS[:, :1], YS[:, :1], {}, "two observed times in"),
     "validation": (TS, YS, {"validation": 1.0}, r"\(validation=...\): must be between 0 and 1"),

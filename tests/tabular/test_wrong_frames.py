@@ -27,6 +27,7 @@ BAD = {
     "text dates": GOOD.assign(c=pd.date_range("2020", periods=N).strftime("%d/%m/%Y")),
     "months or days": GOOD.assign(c=[f"{1 + i % 9:02}/{1 + i % 7:02}/2020" for i in range(N)]),
     "fine times": GOOD.assign(x=pd.date_range("1950", "2150", periods=N).astype("datetime64[us]")),
+    "numbers as text": GOOD.assign(c=["n/a", "n/a", *[f"{i}.5" for i in range(N - 2)]]),
     "ids": GOOD.assign(c=[f"id{i}" for i in range(N)]),
 }
 OF_FIT = [
@@ -60,6 +61,10 @@ OF_FIT = [
      " in row 0. Convert the column"),
     ({"frame": BAD["texts and numbers"]}, "column 'c' must hold strings, ~; got 2 in row 1. Conve"),
     ({"frame": BAD["nothing"]}, "column 'x' must have a value; got none. Leave it out."),
+    ({"frame": BAD["numbers as text"]}, "column 'c' must repeat its categories; got 39 of them ~. I"
+     "f it holds numbers, pass pandas.to_numeric(frame['c'], errors='coerce'). Drop the column"),
+    ({"kinds": {"c": "integer"}, "frame": BAD["numbers as text"]}, "column 'c' holds categories; go"
+     "t 'integer'. If it holds numbers, pass pandas.to_numeric(frame['c'], errors='coerce')."),
     ({"frame": BAD["ids"]}, "column 'c' must repeat its categories; got 40 of them in 40 rows. Dr"),
     ({"given": "z"}, "must name columns of ['x', 'k', 'c']; got ['z']."),
     ({"given": ["x", "k", "c"]}, "must leave a column to model; got all of them."),
@@ -189,7 +194,7 @@ def test_given_columns_that_depend_on_each_other_do_not_matter():
 
 
 def test_too_many_categories_warn():
-    frame = pd.DataFrame({"c": (np.arange(300) % 31).astype(str)})
+    frame = pd.DataFrame({"c": [f"c{i % 31}" for i in range(300)]})
     words = r"'c' must repeat its categories; got 31 of them in 300 rows. Drop the .* by other=10\."
     with pytest.warns(UserWarning, match=words) as caught, without_training():
         tabular.fit(frame, key=KEY, steps=1, members=1, progress=False)
