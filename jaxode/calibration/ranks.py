@@ -9,10 +9,9 @@ from jaxtyping import Float, Int, PRNGKeyArray, PyTree
 
 from jaxode._checks.caller import public
 from jaxode.calibration.simulations import Simulations
-from jaxode.calibration.uniformity import components, p_values
+from jaxode.calibration.uniformity import SIGNIFICANT, components, p_values
 from jaxode.density.density import Density
 
-SIGNIFICANT = 0.01
 VERDICTS = (("too high", "too low"), ("too wide", "too narrow"))
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.caller import arg, public
 from jaxode.calibration.simulations import Rank, Simulations
-from jaxode.calibration.uniformity import p_values
+from jaxode.calibration.uniformity import SIGNIFICANT, p_values
 from jaxode.density.density import Density
 
 LEVELS = tuple(np.arange(1, 20) / 20)
@@ -18,7 +18,8 @@ LEVELS = tuple(np.arange(1, 20) / 20)
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coverage:
-    """The result of `jaxode.calibration.coverage` and `tarp`. `print` shows a table."""
+    """The result of `jaxode.calibration.coverage` and `tarp`. `print` shows a table, and says at
+    which levels too few or too many simulations lie inside."""
 
     levels: Float[np.ndarray, " levels"]
     """The probability of the regions."""
@@ -35,9 +36,20 @@ class Coverage:
         lines = [
             f"{level:.0%} regions cover {part:.1%} +- {error:.1%}" for level, part, error in rows
         ]
-        return "\n".join([*lines, f"p = {self.p_value:.2g}"])
+        said = self._verdict() if self.p_value < SIGNIFICANT else "no fault found"
+        return "\n".join([*lines, f"p = {self.p_value:.2g}, {said}"])
 
     __repr__ = __str__
+
+    def _verdict(self) -> str:
+        levels, off = self.levels, (self.coverage - self.levels) / self.error
+        faults = [
+            f"regions of {levels[wrong].min():.0%} to {levels[wrong].max():.0%} cover too {amount} "
+            f"(up to {np.abs(off[wrong]).max():.1f} standard errors)"
+            for amount, wrong in (("little", off < -3), ("much", off > 3))
+            if wrong.any()
+        ]
+        return " and ".join(faults) or "coverage is uneven between these levels"
 
 
 @public("calibration.coverage")

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 DEGREES = 4
+SIGNIFICANT = 0.01  # p-values below are a fault
 
 
 def components(u: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "degrees columns"]:

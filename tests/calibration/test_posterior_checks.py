@@ -87,6 +87,7 @@ def test_a_right_posterior_passes(drawn):
         found = check(density, THETA, X, key=KEY)
         assert found.p_value > 1e-3
         assert (np.abs(found.coverage - found.levels) < 4 * found.error).all()
+        assert str(found).endswith(f"p = {found.p_value:.2g}, no fault found")
 
 
 WRONG = {
@@ -114,6 +115,7 @@ def test_coverage_is_that_of_regions_of_a_wrong_width(drawn):
     np.testing.assert_allclose(found.coverage, exact, atol=4 * 0.008 + 0.01)
     assert found.p_value < 1e-6
     assert "50% regions cover" in str(found)
+    assert ", regions of 50% to 90% cover too little (up to " in str(found).splitlines()[-1]
 
 
 def test_the_density_of_a_flow_ranks_draws():

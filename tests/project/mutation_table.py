@@ -202,6 +202,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "lambda leaf, rows=rows: leaf[: len(self.theta[rows])]"),
     # Of a parameter that is constant, all distances are NaN.
     ("calibration/regions.py", "    if constant:", "    if False:"),
+    # Regions that cover too little are said to cover too much.
+    ("calibration/regions.py", '(("little", off < -3), ("much", off > 3))',
+     '(("little", off > 3), ("much", off < -3))'),
     # The step that a flow uses most is not that which is judged.
     ("auditing/checks.py", "float(jnp.max(stats.num_steps))", "float(jnp.min(stats.num_steps))"),
     # An error in the gradient is told to be one of the step size alone.
