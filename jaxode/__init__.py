@@ -33,6 +33,7 @@ from jaxode.ode.solution import Solution
 from jaxode.ode.solve import flow, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.steady import SteadyState, steady_state
+from jaxode.saving.models import load, save
 from jaxode.training.fit import fit
 from jaxode.training.loop import Point
 
@@ -75,12 +76,14 @@ __all__ = [
     "images",
     "importance",
     "interop",
+    "load",
     "nn",
     "odeint",
     "petab",
     "plot",
     "probability_flow",
     "regularizers",
+    "save",
     "series",
     "solve",
     "standard_normal",

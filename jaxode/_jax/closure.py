@@ -195,13 +195,20 @@ def wrap_constants(tree: PyTree, numbers: bool = False) -> PyTree:
 def unwrap_constants(tree: PyTree) -> PyTree:
     """The inverse of `wrap_constants`."""
 
-    def is_constant(leaf):
-        return isinstance(leaf, _Constant)
-
     def unwrap(leaf):
         return leaf.value if is_constant(leaf) else leaf
 
     return jax.tree.map(unwrap, tree, is_leaf=is_constant)
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether it is a leaf that `wrap_constants` made constant."""
+    return isinstance(leaf, _Constant)
+
+
+def constant(value: Any) -> Any:
+    """A value as a node without leaves."""
+    return _Constant(value)
 
 
 class ClosedField(eqx.Module):

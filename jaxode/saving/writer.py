@@ -1,0 +1,131 @@
+"""Describe a model in JSON, with its arrays apart.
+
+null, true, 3, 0.1, "text"              themselves
+{"number": "inf"}                       a number that JSON lacks
+[...]                                   a tuple
+{"list": [...]}, {"dict": [[k, v]...]}  other containers
+{"array": 0, "dtype", "of": "jax"}      array 0; or of NumPy, a number of it, or a random key
+{"class": "Density", "fields": {...}}   an object of a class in `registry.CLASSES`
+{"function": "jax.nn.silu"}             a function of JAX or of jaxode
+{"frame": "pandas", "columns": [...]}   the columns of a frame without rows
+{"like": "MLP", "leaves": {...}}        an object of the user, and the arrays among its leaves
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxode._checks.caller import arg
+from jaxode._jax.closure import is_constant, unwrap_constants
+from jaxode.saving import frame_types
+from jaxode.saving.registry import name_of_class, name_of_function
+
+
+class Writer:
+    """Describes objects, and collects their arrays. An array that occurs twice is kept once."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+        self._numbers: dict[int, int] = {}
+        self._names: dict[str, list[Any]] = {}
+        self._alive: list[Any] = []
+
+    def describe(self, x: Any, place: str = "") -> Any:
+        """The description of an object, which stands at this place of the model."""
+        if x is None or isinstance(x, bool | str) or type(x) is int:
+            return x
+        if type(x) is float:
+            return x if math.isfinite(x) else {"number": repr(x)}
+        if isinstance(x, jax.Array | np.ndarray | np.generic):
+            return self._array(x)
+        if type(x) is tuple:
+            return self._items(x, place)
+        if type(x) is list:
+            return {"list": self._items(x, place)}
+        if type(x) is dict:
+            items = [(key, self.describe(x[key], f"{place}[{key!r}]")) for key in x]
+            return {"dict": [[self.describe(key, place), node] for key, node in items]}
+        if isinstance(x, np.dtype):
+            return {"dtype": x.name}
+        if (name := name_of_class(type(x))) is not None:
+            parts = {f: self.describe(getattr(x, f), f"{place}.{f}") for f in fields(x)}
+            return {"class": name, "fields": parts}
+        if (frame := frame_types.describe(x)) is not None:
+            return frame
+        if callable(x) and (name := name_of_function(x)) is not None:
+            return {"function": name}
+        return self._of_user(x, place)
+
+    def _items(self, x: Any, place: str) -> list[Any]:
+        return [self.describe(item, f"{place}[{i}]") for i, item in enumerate(x)]
+
+    def _array(self, x: Any) -> Any:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            node = self._numbered(x, np.asarray(jax.random.key_data(x)))
+            return node | {"of": "key", "key": str(jax.random.key_impl(x))}
+        kind = "jax" if isinstance(x, jax.Array) else "numpy"
+        values = np.asarray(x)
+        if values.dtype == object:
+            raise TypeError(
+                f"{arg('model')} must not hold arrays of Python objects; got {values[:3]!r}. Make "
+                "them numbers or text."
+            )
+        number = isinstance(x, np.generic)
+        return self._numbered(x, values) | {"of": "number" if number else kind}
+
+    def _numbered(self, x: Any, values: np.ndarray) -> dict[str, Any]:
+        dtype = values.dtype.name if values.dtype.kind in "V" else values.dtype.str
+        if id(x) not in self._numbers:
+            self._numbers[id(x)] = len(self.arrays)
+            self._alive.append(x)  # so that no other object gets its number
+            if values.dtype.kind == "V":  # bfloat16 and others that NumPy does not know
+                values = values.view(f"u{values.dtype.itemsize}")
+            self.arrays.append(values)
+        return {"array": self._numbers[id(x)], "dtype": dtype}
+
+    def _of_user(self, x: Any, place: str) -> Any:
+        """An object that is not ours: its name, and the leaves that are known if it is a pytree."""
+        leaves = jax.tree_util.tree_leaves_with_path(x, is_leaf=is_constant)
+        is_pytree = not (len(leaves) == 1 and leaves[0][1] is x)
+        if not (is_pytree or callable(x)):
+            raise TypeError(
+                f"{arg('model')} must be made of models, networks, arrays, numbers, text and "
+                f"functions; got a {type(x).__name__} at {place or 'its top'}. Leave it out."
+            )
+        node: dict[str, Any] = {"like": self._name(x)}
+        if is_pytree:
+            node["leaves"], node["constants"] = {}, []
+            for path, leaf in leaves:
+                at = jax.tree_util.keystr(path)
+                if _is_known(unwrap_constants(leaf)):
+                    node["leaves"][at] = self.describe(leaf, place + at)
+                elif is_constant(leaf):
+                    node["constants"].append(at)
+        return node
+
+    def _name(self, x: Any) -> str:
+        """The name of an object of the user, with a number if another one has the same."""
+        name = getattr(x, "__name__", None) or type(x).__name__
+        same = self._names.setdefault(name, [])
+        if not any(x is other for other in same):
+            same.append(x)
+        number = next(i for i, other in enumerate(same) if other is x)
+        return name if number == 0 else f"{name} {number + 1}"
+
+
+def _is_known(leaf: Any) -> bool:
+    """Whether a file can hold a leaf of an object of the user."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+        return True
+    return callable(leaf) and name_of_function(leaf) is not None
+
+
+def fields(x: Any) -> tuple[str, ...]:
+    """The names of what an object, or one of a class, is made of."""
+    if hasattr(x, "_fields"):
+        return x._fields
+    return tuple(field.name for field in dataclasses.fields(x))
