@@ -162,7 +162,12 @@ EXACT = jax.jit(jax.hessian(of_rows))
 
 
 # Of forward mode, which takes as long to trace, `test_transforms.py` has others.
-@pytest.mark.parametrize(("name", "again"), [case for case in AGAIN if case[0] != "forward"])
+OF_REVERSE = [case for case in AGAIN if case[0] != "forward"]
+AGAIN_IN_REVERSE = [case for case in OF_REVERSE if case[1] is jax.jacrev]
+
+
+# Fast tests of reverse over reverse are in `test_modes.py` and `test_every_mode.py`.
+@pytest.mark.parametrize(("name", "again"), with_slow(OF_REVERSE, AGAIN_IN_REVERSE))
 def test_second_derivatives(name, again):
     """Of one program, at values of each kind."""
     loss = functools.partial(of_rows, options=METHODS[name].options())
