@@ -297,8 +297,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "y, jnp.where(there, 0.0, state.since)"),
     # A time without values changes the state.
     ("series/network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
-    # Training counts the gap of a jump since a time that it did not read.
-    ("series/network.py", "since = jnp.min(state.since)", "since = jnp.min(state.since) / 2"),
+    # A jump counts its gap since the oldest of the last values.
+    ("series/network.py", "since = jnp.min(state.since)", "since = jnp.max(state.since)"),
     # A time without values goes back from the last one.
     ("series/units.py", "np.where(blank, last_observed(ts, ys)[:, None], ts)",
      "np.minimum(ts, last_observed(ts, ys)[:, None])"),

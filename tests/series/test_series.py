@@ -183,18 +183,17 @@ def test_times_without_values_change_nothing(model):
     np.testing.assert_array_equal(model.mean(ts, ys, AT), model.mean(TS, YS, AT))
 
 
-def test_values_that_a_training_step_hides_are_as_those_that_were_not_observed(model):
-    """Of a field whose flow over a gap is exact, however it is divided."""
-    network = dataclasses.replace(model.params, push=jnp.zeros_like)
-    state = jax.jit(lambda seen, fed: network.read(seen, None, fed)[0])
-    ts, ys = TS[0], np.arange(12.0).reshape(6, 2)
-    less = changed(ys, 2, NAN)
-    whole, missing = (
-        jax.tree.map(lambda leaf: leaf[0], model.units.seen(ts[None], values[None]))
-        for values in (ys, less)
-    )
-    found, expected = state(whole, ~np.isnan(less)), state(missing, missing.there)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, expected)
+def test_a_jump_sees_the_time_since_the_last_value_that_was_read(model):
+    """Of any channel. A value that a training step hides is as one that was not observed."""
+    jump = lambda h, seen, key: jnp.zeros_like(h) + seen.gap
+    network, ys = dataclasses.replace(model.params, jump=jump), np.arange(12.0).reshape(1, 6, 2)
+    ys[0, 3, 1] = NAN
+    seen = jax.tree.map(lambda leaf: leaf[0], model.units.seen(TS[:1], ys))
+    fed = seen.there & (np.arange(6) != 4)[:, None]
+    found = jax.jit(lambda seen, fed: network.read(seen, None, fed)[0].h)(seen, fed)
+    gap = model.units.gap
+    since = (TS[0, 5] - TS[0, 3]) / model.units.time
+    np.testing.assert_allclose(found, np.log(since / gap + 0.01), rtol=1e-9)
 
 
 def test_later_times_without_values_change_nothing(model):
