@@ -42,8 +42,8 @@ class Case(NamedTuple):
     back: str | None = None
     """Whether "all" rows go back in time, or "some" of them."""
     doses: str | None = None
-    """Changes of the state at "two" times of each row, or fewer, which are "padded", and at both
-    ends of the first row."""
+    """Changes of the state at "two" times of each row, or fewer, which are "padded", at both ends
+    of the first row, and at one time of the last."""
     kink: bool = False
     """A rate that doubles at a breakpoint."""
     event: str | None = None
@@ -72,7 +72,7 @@ class Case(NamedTuple):
         ts = ts + 0.02 * row[:, None] if self.times == "each" else ts
         at = at if self.is_joint else at + 0.01 * row[:, None]
         if self.doses == "padded":
-            at[0], at[1, 1], at[3, 1] = (0.0, 2.0), np.inf, at[3, 0]
+            at[0], at[1, 1], at[3, 1] = (0.0, 2.0), np.nan, at[3, 0]
         if self.back:
             back = self.goes_back(row) if self.back == "some" else np.array(True)
             turned = lambda x: np.where(back[..., None], np.flip(x, -1), x)
@@ -192,7 +192,7 @@ def _plan(case: Case, i: int) -> tuple[list[str], list[int]]:
     """What happens in a row, in its order, and in which piece each output lies."""
     x, sign = case.inputs, -1 if case.goes_back(i) else 1
     doses = np.broadcast_to(x["at"], (ROWS, 2))[i] if case.doses else []
-    at = {f"dose {k}": t for k, t in enumerate(doses) if t < np.inf and t not in doses[:k]}
+    at = {f"dose {k}": t for k, t in enumerate(doses) if t < np.inf}
     at |= {"kink": KINK} if case.kink else {}
     happens = [*sorted(at, key=lambda what: sign * at[what]), "end"]
     place, events = 0, 0

@@ -237,7 +237,7 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
     (
         Rule(
             "jumps=...", lambda times: ~jnp.isnan(times).any(axis=0),
-            f"times must not be NaN, nor {_LOST}", "Shift the time, or use float64 for the state.",
+            f"times must not be {_LOST}", "Shift the time, or use float64 for the state.",
         ), ("times",),
     ),
     (
@@ -247,7 +247,7 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
                 & ((times <= jnp.maximum(t0, t1)[None]) | jnp.isposinf(times))
             ).all(axis=0),
             "times must lie between t0 and t1",
-            "Extend the solve. Pad a row with its last time, or infinity.",
+            "Extend the solve. Pad a row with infinity.",
         ), ("t0", "t1", "times"),
     ),
     (
@@ -256,7 +256,7 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
                 t0, t1, jnp.where(jnp.isposinf(times), t1[None], times)
             ).all(axis=0),
             "times must be in order from t0 to t1",
-            "Sort them. Pad a row with its last time, or infinity.",
+            "Sort them. Pad a row with infinity.",
         ), ("t0", "t1", "times"),
     ),
     (TOLERANCE, ("rtol",)),

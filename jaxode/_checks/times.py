@@ -46,22 +46,25 @@ def check_observed_times(t0: Any, ts: Any, dtype: jnp.dtype) -> None:
 
 
 def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int | None = None):
-    """The times of jumps in the dtype of the state; NaN in rows, and if traced, where it loses
-    them."""
-    jumps = _check_several("jumps", times, dtype, rows)
+    """The times of jumps in the dtype of the state, with infinity for padding; NaN in rows, and if
+    traced, where it loses them."""
+    jumps = _padded(jnp, _check_several("jumps", times, dtype, rows))
     known = is_known((t0, t1, times))
     xp = np if known else jnp
     exact = (np if is_known(times) else jnp).asarray(times, float)  # JAX may round them first
-    # Padding with infinity is at the end.
+    # Padding is at the end.
+    exact = _padded(xp, exact)
     given = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
     _, lost = _lost_times(t0, t1, given, dtype)
-    # However small the gap: a jump at the time of the one before is left out.
-    kept, apart = exact.astype(dtype), exact[..., 1:] != exact[..., :-1]
-    lost = lost | (apart & (kept[..., 1:] == kept[..., :-1])).any(axis=-1)
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
         _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))
         _check_kept("jumps", lost, times, dtype)
     return jnp.where(jnp.asarray(lost)[..., None], jnp.nan, jumps)
+
+
+def _padded(xp: Any, times: Any) -> Any:
+    """The times of jumps, with infinity for NaN, which is padding, too."""
+    return xp.where(xp.isnan(times), np.inf, times)
 
 
 def check_breakpoint_times(points: Any, dtype: jnp.dtype, rows: int | None = None):

@@ -347,6 +347,7 @@ def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jump
             f"{arg('jumps')} times must be [jumps], or [subjects, jumps] of the {len(times)} "
             f"subjects; got shape {doses.shape}."
         )
+    doses = jnp.where(jnp.isnan(doses), jnp.inf, doses)  # both are padding
     doses = jnp.broadcast_to(doses, (len(times), doses.shape[-1]))
     from_start = jnp.concatenate([jnp.broadcast_to(t0, (len(times), 1)), doses], axis=1)
     wrong = np.asarray(~(from_start[:, 1:] >= from_start[:, :-1]).all(axis=1))

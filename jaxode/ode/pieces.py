@@ -38,8 +38,8 @@ class Jumps(eqx.Module):
 
     Args:
         times: `[jumps]`, or with "per_sample" steps also `[batch, jumps]`, monotone from `t0` to
-            `t1`, both included. Pad a shorter row with infinity, or by repeating its last time: a
-            time equal to the previous one is ignored.
+            `t1`, both included. Pad a shorter row with infinity or NaN. Jumps at one time happen in
+            their order.
         change: a function of the time, the state before (of one sample, with a batch), the `args`
             of the field (with `row_args`, `(args, row)`), and the number of the jump, an int32
             scalar that counts from 0. It returns the state after, like the state before. It must be
@@ -259,10 +259,9 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
 def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " rows"]):
     """Which times are jumps, the number of the last jump up to each, and its time.
 
-    Up to the first jump, the number is 0 and the time is that of the start.
+    Without a jump, the number is 0 and the time is that of the start.
     """
-    repeats = jnp.concatenate([jnp.zeros_like(times[:1], bool), times[1:] == times[:-1]])
-    is_jump = ~jnp.isposinf(times) & ~repeats
+    is_jump = ~jnp.isposinf(times)
     last = jax.lax.cummax(jnp.where(is_jump, _indices(times), -1), axis=0)
     number = jnp.maximum(last, 0)
     latest = jnp.take_along_axis(times, number, axis=0)

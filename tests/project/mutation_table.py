@@ -416,7 +416,12 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The next piece begins with the first step of a new solve.
     ("ode/pieces.py", "jnp.where(cut.counted & (h != 0), h, carry.h)", "jnp.nan * h"),
     # Padding of jumps counts.
-    ("ode/pieces.py", "~jnp.isposinf(times) & ~repeats", "~jnp.isposinf(times)"),
+    ("ode/pieces.py", "~jnp.isposinf(times)", "times == times"),
+    # The second of two jumps at one time is dropped.
+    ("ode/pieces.py", "~jnp.isposinf(times)",
+     "~jnp.isposinf(times) & jnp.diff(times, axis=0, prepend=-jnp.inf).astype(bool)"),
+    # NaN is no padding of jumps.
+    ("_checks/times.py", "xp.where(xp.isnan(times), np.inf, times)", "times"),
     # A row with fewer output times loses its last one.
     ("ode/system.py", ".astype(jnp.int32) + 1\n", ".astype(jnp.int32)\n"),
     # The largest step is ignored.
