@@ -1,8 +1,10 @@
 """Formulas of SBML and PEtab as trees, and their values by JAX."""
 
 import functools
+import itertools
 import math
 import operator
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -46,12 +48,29 @@ def _all(of_two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return lambda *parts: functools.reduce(of_two, parts)
 
 
+def _chain(of_two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Whether it holds for each part and the next one."""
+    return lambda *parts: _all(jnp.logical_and)(
+        *itertools.starmap(of_two, itertools.pairwise(parts))
+    )
+
+
+def _over(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: 1 / function(x)
+
+
+def _of_inverse(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: function(1 / jnp.asarray(x, float))  # which is infinite at zero
+
+
 SHARED = (  # by their names in JAX
     "abs", "exp", "floor", "sin", "cos", "tan", "sinh", "cosh", "tanh", "arcsin", "arccos",
     "arctan", "arcsinh", "arccosh", "arctanh",
 )  # fmt: skip
+RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
+RECIPROCALS |= {f"{name}h": f"{of}h" for name, of in RECIPROCALS.items()}
 COMPARED = {"GT": jnp.greater, "GEQ": jnp.greater_equal, "LT": jnp.less, "LEQ": jnp.less_equal}
-RELATIONS = {f"RELATIONAL_{name}": each for name, each in COMPARED.items()}
+RELATIONS = {f"RELATIONAL_{name}": _chain(each) for name, each in COMPARED.items()}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "PLUS": lambda *parts: functools.reduce(operator.add, parts, 0.0),
     "MINUS": lambda x, *y: x - y[0] if y else -x,
@@ -64,17 +83,27 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "FUNCTION_LN": jnp.log,
     "FUNCTION_PIECEWISE": _piecewise,
     "FUNCTION_CEILING": jnp.ceil,
+    "SIGN": jnp.sign,
     "FUNCTION_MIN": _all(jnp.minimum),
     "FUNCTION_MAX": _all(jnp.maximum),
     "LOGICAL_AND": _all(jnp.logical_and),
     "LOGICAL_OR": _all(jnp.logical_or),
     "LOGICAL_XOR": _all(jnp.logical_xor),
     "LOGICAL_NOT": jnp.logical_not,
-    "RELATIONAL_EQ": jnp.equal,
+    "RELATIONAL_EQ": _chain(jnp.equal),
     "RELATIONAL_NEQ": jnp.not_equal,
     **RELATIONS,
     **{f"FUNCTION_{name.upper()}": getattr(jnp, name) for name in SHARED},
+    **{f"FUNCTION_{name.upper()}": _over(getattr(jnp, of)) for name, of in RECIPROCALS.items()},
+    **{
+        f"FUNCTION_ARC{name.upper()}": _of_inverse(getattr(jnp, f"arc{of}"))
+        for name, of in RECIPROCALS.items()
+    },
 }
+# PEtab's functions of one argument or two that SBML lacks, or has with arguments in another order.
+LOG = "petab_log"
+OF_PETAB = {LOG: (1, 2), "log2": (1,), "sign": (1,)}
+LARGEST = "FUNCTION_MIN", "FUNCTION_MAX"
 CONSTANTS = {
     "CONSTANT_E": math.e,
     "CONSTANT_PI": math.pi,
@@ -90,7 +119,8 @@ def _types() -> dict[int, str]:
     """The name of each type of node."""
     import libsbml
 
-    return {getattr(libsbml, f"AST_{name}"): name for name in [*FUNCTIONS, *CONSTANTS]}
+    names = [name for name in (*FUNCTIONS, *CONSTANTS) if name != "SIGN"]
+    return {getattr(libsbml, f"AST_{name}"): name for name in names}
 
 
 def read(node: Any) -> Any:
@@ -104,12 +134,24 @@ def read(node: Any) -> Any:
         return float(node.getValue())
     if node.getType() == libsbml.AST_NAME:
         return node.getName()
-    if kind is None:
+    parts = tuple(read(node.getChild(i)) for i in range(node.getNumChildren()))
+    if kind is None and len(parts) in OF_PETAB.get(node.getName(), ()):
+        return _of_petab(node.getName(), *parts)
+    if kind is None or (kind in LARGEST and not parts):
         raise ValueError(
             f"{arg('path')} formulas must be of functions that jaxode.petab reads; got "
-            f"{libsbml.formulaToL3String(node)!r}. Write it by others."
+            f"{libsbml.formulaToL3String(node).replace(LOG, 'log')!r}. Write it by others."
         )
-    return Formula(kind, tuple(read(node.getChild(i)) for i in range(node.getNumChildren())))
+    return Formula(kind, parts)
+
+
+def _of_petab(name: str, x: Any, *base: Any) -> Formula:
+    """A function of PEtab by those of SBML, whose logarithms have the base first."""
+    if name == "sign":
+        return Formula("SIGN", (x,))
+    if name == "log2":
+        base = (2.0,)
+    return Formula("FUNCTION_LOG", (*base, x)) if base else Formula("FUNCTION_LN", (x,))
 
 
 def parsed(text: str) -> Any:
@@ -117,15 +159,22 @@ def parsed(text: str) -> Any:
     import libsbml
 
     settings = libsbml.L3ParserSettings()
-    settings.setParseLog(libsbml.L3P_PARSE_LOG_AS_LN)
     settings.setComparisonCaseSensitivity(libsbml.L3P_COMPARE_BUILTINS_CASE_SENSITIVE)
-    node = libsbml.parseL3FormulaWithSettings(text.replace("**", "^"), settings)
+    changed = re.sub(r"\blog(?=\s*\()", LOG, text.replace("**", "^"))
+    node = libsbml.parseL3FormulaWithSettings(changed, settings)
     if node is None:
         raise ValueError(
             f"{arg('path')} formulas must be of numbers, names and functions; got {text!r}. "
             "Mend it in the table of observables."
         )
-    return read(node)
+    formula = read(node)
+    for part in within(formula):
+        if isinstance(part, Formula) and part.function in RELATIONS and len(part.parts) > 2:
+            raise ValueError(
+                f"{arg('path')} formulas must compare two numbers at a time; got {text!r}. Join "
+                "comparisons by && in the table of observables."
+            )
+    return formula
 
 
 class Names(dict[str, Any]):

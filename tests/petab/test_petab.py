@@ -1,5 +1,6 @@
 """Problems of PEtab: the likelihood of a small one, its gradient, its estimate, and bad input."""
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -289,6 +290,11 @@ BAD = {
     "a parameter": ("measurements.tsv", "scale", "gain", "must hold numbers .*got 'gain'"),
     "a name in a formula": ("observables.tsv", "*volume", "*size", "got 'size' in 'total'"),
     "a formula": ("observables.tsv", "A*volume", "A*(volume", "must be of numbers, names and"),
+    "two comparisons": ("observables.tsv", "A*volume", "(1<A<2)", "numbers at a time; got ..1<A"),
+    "a logarithm of three": (
+        "observables.tsv", "A*volume", "log(A,2,3)", r"jaxode.petab reads; got 'log\(A, 2, 3\)'",
+    ),
+    "the largest of none": ("observables.tsv", "A*volume", "max()", r"reads; got 'max\(\)'"),
     "a condition": ("measurements.tsv", "low", "lower", "got 'lower'. Add it"),
     "an observable": ("measurements.tsv", "total", "all", "got 'all'. Add it"),
     "a column": ("conditions.tsv", "dose", "drug", "got the column 'drug'"),
@@ -454,11 +460,35 @@ def test_starts_are_within_bounds_and_drawn_by_the_table(problem):
 FORMULAS = {
     "a ** 2 / (1 + a^-1)": 8 / 3, "piecewise(1, a > 3, 2, a >= 2, 3)": 2.0, "-a": -2.0,
     "piecewise(1, a > 1, 2, a >= 2, 3)": 1.0, "piecewise(1, a > 3, 2, a > 4, 3)": 3.0,
-    "log10(10 * a / 2)": 1.0, "log(exp(a)) + ln(1)": 2.0, "log(4, 16)": 2.0,
+    "log10(10 * a / 2)": 1.0, "log(exp(a)) + ln(1)": 2.0, "log(16, 4)": 2.0,
     "sqrt(a + 2) + root(3, 8)": 4.0, "min(a, b, 1) - max(b, 0)": -4.0,
     "abs(-a) * pow(a, 3) + time": 23.0, "piecewise(1, a == 2 && !(b < 1), 0)": 1.0,
-    "floor(2.5) + ceil(2.5)": 5.0,
+    "floor(2.5) + ceil(2.5)": 5.0, "2 ^ 3 ^ 2 - a ^ 2 / 4": 511.0,
+    "piecewise(1, true || true && false, 0)": 0.0,
 }  # fmt: skip
+# All functions of PEtab's formulas, as sympy defines them: with arguments, and their values. Only
+# `piecewise`, above, has others.
+OF_PETAB = {
+    "log": [((8.0, 2.0), 3.0), ((0.5, 0.25), 0.5), ((10.0, 100.0), 0.5), ((3.0,), math.log(3))],
+    "log10": [((0.01,), -2.0)], "log2": [((8.0,), 3.0)], "ln": [((3.0,), math.log(3))],
+    "exp": [((-2.0,), math.exp(-2))], "sqrt": [((2.25,), 1.5)], "abs": [((-2.0,), 2.0)],
+    "sign": [((-2.0,), -1.0), ((0.0,), 0.0), ((3.0,), 1.0)], "pow": [((2.0, -3.0), 0.125)],
+    "min": [((2.0, -3.0), -3.0)], "max": [((2.0, -3.0), 2.0)],
+    **{name: [((0.7,), getattr(math, name)(0.7))] for name in ("sin", "cos", "tan")},
+    **{name: [((0.7,), getattr(math, name)(0.7))] for name in ("sinh", "cosh", "tanh")},
+    "sec": [((0.7,), 1 / math.cos(0.7))], "sech": [((0.7,), 1 / math.cosh(0.7))],
+    "csc": [((0.7,), 1 / math.sin(0.7))], "csch": [((0.7,), 1 / math.sinh(0.7))],
+    "cot": [((0.7,), 1 / math.tan(0.7))], "coth": [((0.7,), 1 / math.tanh(0.7))],
+    "arcsin": [((0.7,), math.asin(0.7))], "arcsinh": [((0.7,), math.asinh(0.7))],
+    "arccos": [((0.7,), math.acos(0.7))], "arccosh": [((1.7,), math.acosh(1.7))],
+    "arctan": [((0.7,), math.atan(0.7))], "arctanh": [((0.7,), math.atanh(0.7))],
+    "arcsec": [((1.7,), math.acos(1 / 1.7))], "arcsech": [((0.7,), math.acosh(1 / 0.7))],
+    "arccsc": [((1.7,), math.asin(1 / 1.7))], "arccsch": [((0.7,), math.asinh(1 / 0.7))],
+    "arccot": [((0.7,), math.pi / 2 - math.atan(0.7)), ((-0.7,), math.atan(-1 / 0.7)),
+               ((0.0,), math.pi / 2)],
+    "arccoth": [((1.7,), math.atanh(1 / 1.7))],
+}  # fmt: skip
+OF_PETAB = [(name, *row) for name, rows in OF_PETAB.items() for row in rows]
 
 
 def test_a_prior_that_is_not_known(tmp_path):
@@ -469,6 +499,20 @@ def test_a_prior_that_is_not_known(tmp_path):
     problem = jaxode.petab.load(tmp_path / "problem.yaml")
     with pytest.raises(ValueError, match=r"^Problem.starts: initializationPriorType must be .*'k'"):
         problem.starts(jax.random.key(0), 1)
+
+
+def test_functions_of_formulas():
+    calls = [f"{name}({', '.join('xy'[: len(numbers)])})" for name, numbers, _ in OF_PETAB]
+    rows = [dict(zip("xy", numbers, strict=False)) for _, numbers, _ in OF_PETAB]
+
+    @jax.jit
+    def values(rows):
+        return [evaluate(parsed(call), row) for call, row in zip(calls, rows, strict=True)]
+
+    for (*call, expected), value in zip(OF_PETAB, values(rows), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-14, err_msg=str(call))
+    for text in ("log(100, 10)", "log (log(16, 2), 2)", "log2(4)", "-sign(-2) - log10(0.1)"):
+        np.testing.assert_allclose(evaluate(parsed(text), {}), 2.0, rtol=1e-14, err_msg=text)
 
 
 def test_formulas():

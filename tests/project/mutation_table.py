@@ -230,6 +230,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The last condition that holds decides, instead of the first.
     ("petab/formulas.py", "reversed(range(0, len(parts) - 1, 2))", "range(0, len(parts) - 1, 2)"),
     ("petab/formulas.py", "jnp.log(x) / jnp.log(base)", "jnp.log(base) / jnp.log(x)"),
+    # SBML has the base of a logarithm first, PEtab second.
+    ("petab/formulas.py", "(*base, x)) if base", "(x, *base)) if base"),
+    ("petab/formulas.py", "_over(getattr(jnp, of))", "getattr(jnp, of)"),
     # An observable has the measurements of others.
     ("petab/measurements.py", "place[which], measured[which]",
      "place[which], measured[: len(which)]"),
