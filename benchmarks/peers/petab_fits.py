@@ -43,7 +43,7 @@ class LeastSquares:
 
         def start(flat):
             vector = problem._parameters.vector(self.unravel(flat))
-            return problem._start(vector, jaxode.ForwardMode())
+            return problem._start(vector, jaxode.ForwardMode())[:2]
 
         def look(flat, states):
             params = self.unravel(flat)

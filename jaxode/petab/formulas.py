@@ -127,6 +127,8 @@ def read(node: Any) -> Any:
     """The formula of a node of libsbml."""
     import libsbml
 
+    if node is None:
+        raise ValueError(f"{arg('path')} formulas must not be empty; got one. Write it.")
     kind = _types().get(node.getType())
     if kind in CONSTANTS:
         return CONSTANTS[kind]
@@ -209,12 +211,36 @@ def within(formula: Any) -> Iterator[Any]:
             yield from within(part)
 
 
-def names_in(formula: Any, rules: Mapping[str, Any]) -> set[str]:
-    """The names in a formula, also by way of rules."""
-    found, left = set(), [formula]
+def reached(formula: Any, rules: Mapping[str, Any]) -> Iterator[Any]:
+    """The formula and all that are part of it, also by way of rules, each of which comes once."""
+    seen, left = set(), [formula]
     while left:
         for part in within(left.pop()):
-            if isinstance(part, str) and part not in found:
-                found.add(part)
+            yield part
+            if isinstance(part, str) and part not in seen:
+                seen.add(part)
                 left.append(rules.get(part))
-    return found
+
+
+def names_in(formula: Any, rules: Mapping[str, Any]) -> set[str]:
+    """The names in a formula, also by way of rules."""
+    return {part for part in reached(formula, rules) if isinstance(part, str)}
+
+
+def degree_in_time(formula: Any, rules: Mapping[str, Any]) -> int | None:
+    """0 if the formula is constant between switches of relations in it, 1 if it is linear in time
+    there, and None otherwise."""
+    if isinstance(formula, str):
+        return 1 if formula == "time" else degree_in_time(rules.get(formula), rules)
+    if not isinstance(formula, Formula) or formula.function in RELATIONS:
+        return 0
+    degrees = [degree_in_time(part, rules) for part in formula.parts]
+    if all(degree == 0 for degree in degrees):
+        return 0
+    linear = {
+        "PLUS": True,
+        "MINUS": True,
+        "TIMES": degrees.count(1) == 1,
+        "DIVIDE": degrees[1:] == [0],
+    }
+    return 1 if None not in degrees and linear.get(formula.function) else None

@@ -12,7 +12,7 @@ from jaxode.petab.observables import Observable, observables_of, placeholders_of
 from jaxode.petab.parameters import Entries
 from jaxode.petab.tables import Table, Tables, number
 
-SETTLED = 1e8  # a time at which a state is steady: that of pre-equilibrations, and of "inf"
+SETTLED = 1e8  # a time at which a state should be steady: that of pre-equilibrations, and of "inf"
 
 
 class MeasuredSeries(NamedTuple):
@@ -40,11 +40,16 @@ class Measurements:
                     f"{arg('path')} measurements must be of observables in their table; got "
                     f"{line['observableId']!r}. Add it."
                 )
-        at = np.minimum([number(line, "time", "measurement") for line in lines], SETTLED)
+        at = np.array([number(line, "time", "measurement") for line in lines])
+        last = 10 * np.max(at, initial=SETTLED / 10, where=np.isfinite(at))
+        self.rests = np.isin(np.arange(max(row_of) + 1), row_of[at == np.inf])
+        """Whether the last time of each row stands for infinity."""
+        at = np.where(at == np.inf, last, at)
         measured = np.array([number(line, "measurement", "measurement") for line in lines])
         logarithmic = np.array([observables[line["observableId"]].scale != "lin" for line in lines])
         _check(at >= 0, "time must not be negative, nor empty", "time", lines)
-        _check(~np.isnan(measured), "measurement must not be empty", "measurement", lines)
+        words = "measurement must be finite, and not empty"
+        _check(np.isfinite(measured), words, "measurement", lines)
         words = "measurement must be positive for a logarithmic observable"
         _check((measured > 0) | ~logarithmic, words, "measurement", lines)
         times = [np.unique(at[row_of == row]) for row in range(max(row_of) + 1)]

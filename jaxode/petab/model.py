@@ -1,5 +1,6 @@
 """The ODE of a model in SBML."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode._checks.caller import arg
-from jaxode.petab.formulas import RELATIONS, Formula, names_in, read, within
+from jaxode.petab.formulas import (
+    RELATIONS,
+    Formula,
+    degree_in_time,
+    names_in,
+    reached,
+    read,
+    within,
+)
 
 
 class Model(NamedTuple):
@@ -28,8 +37,8 @@ class Model(NamedTuple):
     stoichiometry: Float[np.ndarray, "states laws"]
     sizes: tuple[str | None, ...]
     """The compartment of each state that is a concentration."""
-    switches: tuple[Formula, ...]
-    """Relations that depend on time, and not on the state."""
+    switches: tuple[tuple[Any, Any], ...]
+    """Both sides of relations that depend on time, and not on the state."""
 
 
 def read_model(path: Path) -> Model:
@@ -133,6 +142,11 @@ def _model(model: Any) -> Model:
     }
     kinetic = {each.getId(): read(each.getKineticLaw().getMath()) for each in reactions}
     states = (*(each.getId() for each in species), *rates)
+    if not states:
+        raise ValueError(
+            f"{arg('path')} the model must have a species that a reaction changes, or a rate rule; "
+            "got none. Add it."
+        )
     stoichiometry = np.zeros((len(states), len(reactions) + len(rates)))
     stoichiometry[len(species) :, len(reactions) :] = np.eye(len(rates))
     place = {name: i for i, name in enumerate(states[: len(species)])}
@@ -151,11 +165,28 @@ def _model(model: Any) -> Model:
 
 
 def _switches(formulas: list[Any], rules: dict[str, Any], states: tuple[str, ...]):
-    """Relations that depend on time, and not on the state."""
+    """Both sides of relations that depend on time, and not on the state."""
     found = {}
     for part in (part for formula in formulas for part in within(formula)):
-        if isinstance(part, Formula) and part.function in RELATIONS and part not in found:
-            names = names_in(part, rules)
-            if "time" in names and not names & set(states):
-                found[part] = None
+        if isinstance(part, Formula) and part.function in RELATIONS:
+            for sides in itertools.pairwise(part.parts):
+                names = names_in(Formula("MINUS", sides), rules)
+                if "time" in names and not names & set(states):
+                    _check_switch(Formula("MINUS", sides), rules)
+                    found[sides] = None
     return found
+
+
+def _check_switch(apart: Formula, rules: dict[str, Any]) -> None:
+    """Raise unless the difference of both sides is linear in time, or steps where others switch."""
+    degree = degree_in_time(apart, rules)
+    steps = (
+        isinstance(part, Formula) and part.function in RELATIONS and "time" in names_in(part, rules)
+        for part in reached(apart, rules)
+    )  # fmt: skip
+    if degree is None or (degree == 1 and any(steps)):
+        raise ValueError(
+            f"{arg('path')} the field must switch where a linear function of time has a value; "
+            "got a relation of another function of time, such as a sine or a power. Solve the "
+            "model by jaxode.solve with breakpoints."
+        )

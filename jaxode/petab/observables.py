@@ -57,7 +57,7 @@ def log_density(distribution: str, apart: Array, noise: Array) -> Array:
 
 def observables_of(table: Table, known: set[str]) -> dict[str, Observable]:
     """The observables by name. `known` are the names that formulas may have."""
-    found, ids = {}, {line["observableId"] for line in table}
+    found = {}
     for line in table:
         name = line["observableId"]
         scale = line.get("observableTransformation") or "lin"
@@ -72,13 +72,15 @@ def observables_of(table: Table, known: set[str]) -> dict[str, Observable]:
                     f"{name!r}. Mend the table of observables."
                 )
         formula, of_noise = (parsed(line[f"{kind}Formula"]) for kind in ("observable", "noise"))
-        used = names_in(formula, {}) | names_in(of_noise, {})
+        used = names_in(formula, {}) | (names_in(of_noise, {}) - {name})
         pattern = re.compile(rf"({'|'.join(PLACEHOLDERS)})\d+_{re.escape(name)}")
         placeholders = {each for each in used if pattern.fullmatch(each)}
-        if unknown := sorted(used - placeholders - known - ids):
+        if unknown := sorted(used - placeholders - known):
+            observed = any(unknown[0] == line["observableId"] for line in table)
+            cure = "Write the formula of that observable." if observed else "Add it to one."
             raise ValueError(
                 f"{arg('path')} formulas of observables must be of names in the model or the table "
-                f"of parameters; got {unknown[0]!r} in {name!r}. Add it to one."
+                f"of parameters; got {unknown[0]!r} in {name!r}. {cure}"
             )
         left = tuple(sorted(placeholders))
         found[name] = Observable(name, formula, of_noise, scale, distribution, left)

@@ -13,6 +13,7 @@ from jaxode.petab.tables import Table, number
 
 SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
 NORMAL, UNIFORM = ("parameterScaleNormal", "normal"), ("parameterScaleUniform", "uniform", "")
+LINEAR = "normal", "uniform"  # priors of numbers, not of their logarithms
 
 
 class Entries(NamedTuple):
@@ -37,7 +38,12 @@ class Parameters:
     def __init__(self, table: Table) -> None:
         self.ids = [line["parameterId"] for line in table]
         self.place = {name: i for i, name in enumerate(self.ids)}
-        self.estimated = np.array([_number(line, "estimate") == 1 for line in table], bool)
+        self.estimated = np.array([_is_estimated(line) for line in table], bool)
+        if not self.estimated.any():
+            raise ValueError(
+                f"{arg('path')} estimate must be 1 for at least one parameter; got none. Mend the "
+                "table of parameters."
+            )
         self.names = [
             name for name, is_free in zip(self.ids, self.estimated, strict=True) if is_free
         ]
@@ -49,11 +55,13 @@ class Parameters:
                 f"{arg('path')} nominalValue must be a number for a parameter that is not "
                 f"estimated; got none for {self.ids[i]!r}. Mend the table of parameters."
             )
-        low, high = (
-            self.scaled(np.array([_number(line, key) for line in table]))
-            for key in ("lowerBound", "upperBound")
+        self.limits = np.array(
+            [[_number(line, key) for line in table] for key in ("lowerBound", "upperBound")]
         )
-        for i in np.flatnonzero(self.estimated & ~(low <= high)):
+        """The bounds of all on a linear scale, `[2, parameters]`."""
+        low, high = map(self.scaled, self.limits)
+        lost = (self.rates > 0) & (self.limits[0] <= 0)
+        for i in np.flatnonzero(self.estimated & (lost | ~(low <= high))):
             raise ValueError(
                 f"{arg('path')} lowerBound and upperBound must be in order, and positive for "
                 f"logarithms; got {table[i]['lowerBound']!r} and {table[i]['upperBound']!r} for "
@@ -132,13 +140,22 @@ class Parameters:
         found, (low, high) = {}, self.bounds
         for name, one in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
             kind, (first, second) = self._prior(name, "initialization")
+            linear, place = kind in LINEAR, self.place[name]
+            ends = self.limits[:, place] if linear else np.array([low[name], high[name]])
             if kind in NORMAL:
-                drawn = first + second * jax.random.normal(one, (n,))
+                ends = (ends - first) / second
+                drawn = first + second * jax.random.truncated_normal(one, ends[0], ends[1], (n,))
             else:
+                first, second = np.clip((first, second), *ends)
+                if not np.isfinite(second - first):
+                    raise ValueError(
+                        f"{caller()}: bounds must be finite to draw between them; got {first:g} "
+                        f"and {second:g} for {name!r}. Mend the table of parameters."
+                    )
                 drawn = jax.random.uniform(one, (n,), minval=first, maxval=second)
-            if kind in ("normal", "uniform") and (rate := self.rates[self.place[name]]):
+            if linear and (rate := self.rates[place]):
                 drawn = jnp.log(drawn) / rate
-            found[name] = jnp.clip(drawn, low[name], high[name])
+            found[name] = jnp.clip(drawn, low[name], high[name])  # of roundings
         return found
 
     def prior(self, params: dict[str, Array]) -> dict[str, Float[Array, ""]]:
@@ -153,7 +170,7 @@ class Parameters:
         return found
 
     def _prior(self, name: str, of: str) -> tuple[str, tuple[Any, Any]]:
-        """The kind of a prior and its two parameters; by default the bounds."""
+        """The kind of a prior and its two parameters; by default a uniform one has the bounds."""
         line, (low, high) = self.lines[name], self.bounds
         kind = line.get(f"{of}PriorType", "")
         if kind not in NORMAL + UNIFORM:
@@ -162,10 +179,30 @@ class Parameters:
                 f"{name!r}. Leave it out, and pass a prior of your own to jaxode.estimate."
             )
         given = line.get(f"{of}PriorParameters", "")
-        if not given:
-            return kind if kind in NORMAL else "", (low[name], high[name])
-        first, second = map(float, given.split(";"))
+        if not given and kind in UNIFORM:
+            ends = self.limits[:, self.place[name]] if kind in LINEAR else (low[name], high[name])
+            return kind, tuple(map(float, ends))
+        try:
+            first, second = map(float, given.split(";"))
+        except ValueError:
+            first = second = math.nan
+        if not (second > 0 if kind in NORMAL else first <= second) or not math.isfinite(first):
+            words = "a mean and a deviation above 0" if kind in NORMAL else "two ends in order"
+            raise ValueError(
+                f"{caller()}: {of}PriorParameters must be {words}, as '1;2'; got {given!r} for "
+                f"{name!r}. Mend the table of parameters."
+            )
         return kind, (first, second)
+
+
+def _is_estimated(line: dict[str, str]) -> bool:
+    value = _number(line, "estimate")
+    if value not in (0, 1):
+        raise ValueError(
+            f"{arg('path')} estimate must be 0 or 1; got {line['estimate']!r} for "
+            f"{line['parameterId']!r}. Mend the table of parameters."
+        )
+    return value == 1
 
 
 def _number(line: dict[str, str], column: str) -> float:

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
+from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
 from jaxode.estimation.estimate import Estimate, estimate
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
@@ -27,6 +29,7 @@ from jaxode.petab.parameters import Entries, Parameters
 from jaxode.petab.tables import read_tables
 
 Params = dict[str, Float[Array, ""]]
+RESTS = 1e3  # tolerances; a state that drifts moves by half of itself, 1e7 of them
 OPTIONS = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 16384}
 
 SET = (  # options of `solve` that it sets, or has no use for
@@ -75,7 +78,8 @@ class Problem:
         return field(t, y, self._experiments.constants(vector, entries, field.used))
 
     def y0(self, params: Params) -> Float[Array, "rows n"]:
-        """The states of all conditions at time 0, after their pre-equilibration.
+        """The states of all conditions at time 0, after their pre-equilibration; NaN where that
+        does not come to rest.
 
         Differentiation: in forward mode.
         """
@@ -83,13 +87,22 @@ class Problem:
 
     @public("Problem.nll")
     def nll(self, params: Params) -> Float[Array, ""]:
-        """Minus the log-likelihood, with all constants, without priors; NaN where a solve fails, or
-        noise is not above zero.
+        """Minus the log-likelihood, with all constants, without priors; NaN where a solve fails,
+        noise is not above zero, or a state that must be steady is not.
 
         Differentiation: in reverse mode.
         """
         self._parameters.check(params)
-        return self._value(params)
+        value, moving = self._value(params)
+        if is_known(moving) and moving.any():
+            ids = self._experiments.before_ids + self._experiments.row_ids
+            warnings.warn(
+                "Problem.nll: a state must be at rest after a pre-equilibration, and at a time of "
+                f"inf; that of {ids[int(np.argmax(moving))]!r} still moves, and the likelihood is "
+                "NaN. Mend the condition, or use a longer unit of time.",
+                stacklevel=3,
+            )
+        return value
 
     @public("Problem.starts")
     def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
@@ -148,31 +161,64 @@ class Problem:
         """What each condition sets, and the placeholders of its series, `[rows, ...]`."""
         return self._channels.row_args
 
-    def _nll(self, params: Params) -> Float[Array, ""]:
-        vector = self._parameters.vector(params)
-        values, y0 = self._start(vector, DiscreteAdjoint())
-        ys = self._solved(values, y0, self._measurements.ts, self._breaks, DiscreteAdjoint())
-        return self._measurements.nll(vector, values, ys)
+    def _nll(self, params: Params) -> tuple[Float[Array, ""], Bool[Array, " solves"]]:
+        """Minus the log-likelihood, and whether a state of each pre-equilibration, and of each row
+        at a time of infinity, is not at rest."""
+        vector, measurements = self._parameters.vector(params), self._measurements
+        values, y0, before = self._start(vector, DiscreteAdjoint())
+        ys, moving = self._solved(
+            values, y0, measurements.ts, self._breaks, DiscreteAdjoint(), measurements.rests
+        )
+        return measurements.nll(vector, values, ys), jnp.concatenate([before, moving])
 
-    def _start(self, vector: Array, adjoint: Adjoint) -> tuple[Array, Array]:
-        """The constants and states of all rows at time 0."""
+    def _start(
+        self, vector: Array, adjoint: Adjoint
+    ) -> tuple[Array, Array, Bool[Array, " solves"]]:
+        """The constants and states of all rows at time 0, and whether those of each
+        pre-equilibration are not at rest, where the states are NaN."""
         experiments = self._experiments
         values, y0 = experiments.start(vector, experiments.rows)
-        if not len(experiments.before.number):
-            return values, y0
-        ts = np.full((len(experiments.before.number), 1), SETTLED)
+        count = len(experiments.before.number)
+        if not count:
+            return values, y0, jnp.zeros(0, bool)
+        ts, rests = np.full((count, 1), SETTLED), np.ones(count, bool)
         before = experiments.start(vector, experiments.before)
-        settled = self._solved(*before, ts, self._breaks_before, adjoint)[:, 0]
-        return values, jnp.where(self._kept, settled[experiments.before_of], y0)
+        settled, moving = self._solved(*before, ts, self._breaks_before, adjoint, rests)
+        y0 = jnp.where(self._kept, settled[experiments.before_of, 0], y0)
+        return values, y0, moving
 
-    def _solved(self, values, y0, ts, breakpoints, adjoint) -> Float[Array, "rows times n"]:
-        return solve(
-            self._slope, y0, 0.0, ts[:, -1], row_args=values, batch="per_sample", ts=ts,
-            breakpoints=breakpoints, adjoint=adjoint, throw=False, **self._options,
+    def _solved(
+        self, values, y0, ts, breakpoints, adjoint, rests
+    ) -> tuple[Float[Array, "rows times n"], Bool[Array, " rows"]]:
+        """States at the times of each row, and whether those of rows that should rest move.
+
+        A state is at rest if the second half of its time moves it by less than `RESTS` tolerances.
+        """
+        half = np.where(rests, ts[:, -1] / 2, ts[:, -1])[:, None]
+        every = np.sort(np.concatenate([ts, half], axis=1), axis=1) if rests.any() else ts
+        options = {"ts": jnp.asarray(every), "breakpoints": breakpoints, "adjoint": adjoint}
+        ys = solve(
+            self._slope, y0, 0.0, ts[:, -1], row_args=values, batch="per_sample", throw=False,
+            **options, **self._options,
         ).ys  # fmt: skip
+        if not rests.any():
+            return ys, jnp.zeros(len(ts), bool)
+
+        def at(times):
+            return jnp.take_along_axis(ys, _places(every, times)[..., None], axis=1)
+
+        last, before = jax.lax.stop_gradient((ys[:, -1], at(half)[:, 0]))
+        limit = self._options["atol"] + self._options["rtol"] * jnp.abs(last)
+        moving = rests & jnp.any(jnp.abs(last - before) > RESTS * limit, axis=1)
+        return jnp.where(moving[:, None, None], jnp.nan, at(ts)), moving
 
     def _slope(self, t, y, args):
         return self._experiments.field(t, y, args[1])
+
+
+def _places(every: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Where times of each row, `[rows, times]`, stand among all in their order."""
+    return np.array([np.searchsorted(*each) for each in zip(every, times, strict=True)])
 
 
 @public("petab.load")
@@ -183,8 +229,8 @@ def load(path: str | Path, **options: Any) -> Problem:
     assignment and rate rules, initial assignments; conditions that set parameters, compartments and
     states, also after pre-equilibration; formulas of observables and of noise with overrides,
     observables on logarithmic scales, normal noise and Laplace's; inputs that switch at known
-    times. All conditions are rows of one solve. A state is steady, and a time "inf" reached, at
-    1e8.
+    times. All conditions are rows of one solve. Pre-equilibrations, and times of "inf", end at 1e8,
+    or at ten times the last time of a measurement: a state that still moves there is NaN.
 
     Args:
         path: the YAML file.

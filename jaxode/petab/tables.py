@@ -38,18 +38,20 @@ def read_tables(path: Any) -> Tables:
         raise ValueError(f"{arg('path')} must be a file; got {str(path)!r}. Look for it.") from None
     except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError):
         content = None
-    if not isinstance(content, dict) or not isinstance(content.get("problems"), list):
+    content = content if isinstance(content, dict) else {}
+    problems = content.get("problems")
+    if not isinstance(problems, list) or not all(isinstance(each, dict) for each in problems):
         raise ValueError(
             f"{arg('path')} must be the YAML file of a PEtab problem; got {path.name!r}, which has "
             "no problems. Pass the file that names the tables."
         )
-    if str(content.get("format_version")) != "1" or len(content["problems"]) != 1:
+    if str(content.get("format_version")) != "1" or len(problems) != 1:
         raise ValueError(
             f"{arg('path')} must be one problem of PEtab's version 1; got version "
-            f"{content.get('format_version')!r} and {len(content['problems'])} problems. Write a "
-            "file for each."
+            f"{content.get('format_version')!r} and {len(problems)} problems. Write a file for "
+            "each."
         )
-    given = {**content["problems"][0], "parameter_files": content.get("parameter_file")}
+    given = {**problems[0], "parameter_files": content.get("parameter_file")}
 
     def files(kind):
         return _files(path, given, f"{kind}_files")
@@ -82,6 +84,11 @@ def number(line: dict[str, str], column: str, kind: str) -> float:
 
 def _check_unique(names: list[str], column: str, kind: str) -> None:
     for name in names:
+        if not name:
+            raise ValueError(
+                f"{arg('path')} {column} must not be empty; got a line without one. Mend the "
+                f"table of {kind}s."
+            )
         if names.count(name) > 1:
             raise ValueError(
                 f"{arg('path')} {column} must be unique; got {name!r} {names.count(name)} times. "
@@ -91,7 +98,10 @@ def _check_unique(names: list[str], column: str, kind: str) -> None:
 
 def _files(path: Path, given: dict[str, Any], key: str) -> list[Path]:
     named = given.get(key) or []
-    files = [path.parent / name for name in ([named] if isinstance(named, str) else named)]
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{arg('path')} {key} must be names of files; got {named!r}. Mend them.")
+    files = [path.parent / name for name in named]
     if not files:
         raise ValueError(f"{arg('path')} must have {key}; got none in {path.name!r}. Add them.")
     for file in files:
@@ -107,13 +117,13 @@ def _lines(file: Path, columns: Sequence[str]) -> Table:
 
     with file.open(newline="", encoding="utf-8-sig") as opened:
         reader = csv.DictReader(opened, delimiter="\t")
+        header = list(reader.fieldnames or ())
         lines = [
             {key: (cell or "").strip() for key, cell in line.items() if key} for line in reader
         ]
     for column in columns:
-        if column not in (reader.fieldnames or ()):
+        if column not in header:
             raise ValueError(
-                f"{arg('path')} {file.name} must have the column {column!r}; got "
-                f"{reader.fieldnames}. Add it."
+                f"{arg('path')} {file.name} must have the column {column!r}; got {header}. Add it."
             )
-    return lines
+    return [line for line in lines if any(line.values())]

@@ -14,13 +14,14 @@ import libsbml
 import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
-from scipy.stats import laplace, norm
+from scipy.stats import kstest, laplace, norm, truncnorm, uniform
 
 import jaxode
 from jaxode.petab.field import ModelField
-from jaxode.petab.formulas import Names, evaluate, parsed
+from jaxode.petab.formulas import Names, degree_in_time, evaluate, parsed
 from jaxode.petab.model import read_model
 from jaxode.petab.observables import Observable, placeholders_of
+from jaxode.petab.parameters import Parameters
 
 # Two species in a compartment of size 2, of which A is fed until t = 3. B is an amount.
 REACTIONS = {
@@ -280,6 +281,11 @@ SINE = (
     '<apply> <sin/> <csymbol encoding="text" '
     'definitionURL="http://www.sbml.org/sbml/symbols/time"> t </csymbol> </apply>'
 )
+TURNS = SINE.replace("<csymbol", "<apply> <times/> <cn> 2 </cn> <pi/> <csymbol").replace(
+    "</csymbol>", "</csymbol> </apply>"
+)
+TURN = libsbml.writeMathMLToString(libsbml.parseL3Formula(REACTIONS["turn"][2]))
+TURN = "\n".join(" " * 10 + line for line in TURN.splitlines()[1:])
 BAD = {
     "a missing table": (
         "problem.yaml", "observables.tsv", "other.tsv", "observable_files must be .*other",
@@ -307,14 +313,32 @@ BAD = {
     "a condition twice": ("conditions.tsv", "before", "low", "Id must be unique; got 'low' 2"),
     "a word for yes": ("parameters.tsv", "0.8\t1", "0.8\tyes", "estimate must be .*'yes' for 'k'"),
     "a decimal comma": ("measurements.tsv", "7.5", "7,5", "numbers; got '7,5' for 'total'. Mend"),
-    "no number": ("measurements.tsv", "7.5", "", "must not be empty; got '' for 'total'"),
+    "no number": ("measurements.tsv", "7.5", "", "must be finite, and not empty; got '' for"),
+    "an infinite number": ("measurements.tsv", "7.5", "inf", "must be finite, .*got 'inf' for 't"),
+    "no condition": ("measurements.tsv", "before\tlow", "before\t", "table; got ''. Add it"),
+    "another observable": (
+        "observables.tsv", "A*volume", "amount", "got 'amount' in 'total'. Write the formula of th",
+    ),
+    "noise of another observable": (
+        "observables.tsv", "noise+", "total+", "got 'total' in 'amount'. Write the formula of that",
+    ),
+    "its own observable": ("observables.tsv", "A*volume", "total", "got 'total' in 'total'. Write"),
+    "no identifier": ("parameters.tsv", "slow", "", "parameterId must not be empty; got a line"),
+    "neither yes nor no": ("parameters.tsv", "0.8\t1", "0.8\t", "must be 0 or 1; got '' for 'k'"),
+    "a law without a formula": ("model.xml", TURN, "", "formulas must not be empty; got one"),
+    "no mapping": ("problem.yaml", "sbml_files: [model.xml]", "model.xml", "the YAML file of a"),
+    "no names of files": ("problem.yaml", "[model.xml]", "3", "sbml_files must be names .*got 3"),
     "a logarithm of zero": ("measurements.tsv", "7.0", "0.0", "positive .*got '0.0' for 'amount'"),
     "a time before": ("measurements.tsv", "4\t7.5", "-4\t7.5", "negative.*got '-4' for 'total'"),
     "crossed bounds": ("parameters.tsv", "0.001\t", "11\t", "order, .*'11' and '10' for 'noise'"),
     "a bound of a logarithm": ("parameters.tsv", "0.01\t", "-1\t", "logarithms; got '-1' and"),
+    "a bound of zero": ("parameters.tsv", "0.01\t", "0\t", "logarithms; got '0' and '100' for 'k'"),
     "no value": ("parameters.tsv", "2.0\t0", "\t0", "not estimated; got none for 'high'"),
     "an estimated switch": ("conditions.tsv", "1e9", "k", "known times; got switches at times th"),
-    "periodic switches": ("model.xml", "<ci> until </ci>", SINE, "got one of a power of time"),
+    "a sine of time": ("model.xml", "<ci> until </ci>", SINE, "got a relation of another function"),
+    "periodic switches": (  # as if linear at whole numbers
+        "model.xml", "<ci> until </ci>", TURNS, "got a relation of another function of time",
+    ),
     "two problems": ("problem.yaml", "problems:", "problems:\n- {}", "'?1'? and 2 problems"),
 }  # fmt: skip
 
@@ -334,6 +358,17 @@ def test_other_wrong_arguments(problem, tmp_path):
     header = FILES["measurements.tsv"].strip().splitlines()[0]
     (written(tmp_path).parent / "measurements.tsv").write_text("\t".join(header.split()))
     with pytest.raises(ValueError, match="must have measurements; got an empty table"):
+        jaxode.petab.load(tmp_path / "problem.yaml")
+    for name, text in (("parameters.tsv", ""), ("conditions.tsv", "\n"), ("observables.tsv", "")):
+        (written(tmp_path).parent / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"^petab.load.*{name} must have the column .* \[\]"):
+            jaxode.petab.load(tmp_path / "problem.yaml")
+    fixed = (written(tmp_path).parent / "parameters.tsv").read_text().replace("\t1", "\t0")
+    (tmp_path / "parameters.tsv").write_text(fixed)
+    with pytest.raises(ValueError, match="estimate must be 1 for at least one parameter; got none"):
+        jaxode.petab.load(tmp_path / "problem.yaml")
+    (written(tmp_path).parent / "model.xml").write_text(model({}))
+    with pytest.raises(ValueError, match="must have a species that a reaction changes"):
         jaxode.petab.load(tmp_path / "problem.yaml")
     with pytest.raises(TypeError, match=r"load\(jumps=...\): is not an option"):
         jaxode.petab.load(tmp_path / "none.yaml", jumps=None)
@@ -489,6 +524,91 @@ OF_PETAB = {
     "arccoth": [((1.7,), math.atanh(1 / 1.7))],
 }  # fmt: skip
 OF_PETAB = [(name, *row) for name, rows in OF_PETAB.items() for row in rows]
+
+
+# A parameter on a scale, of which `normal` and `uniform` priors are of its numbers.
+LINE = {"parameterId": "k", "parameterScale": "log10", "lowerBound": "0.01", "upperBound": "10"}
+LINE |= {"nominalValue": "1", "estimate": "1"}
+
+
+def of_prior(kind, given, of="initialization", **line):
+    line |= {f"{of}PriorType": kind, f"{of}PriorParameters": given}
+    return Parameters([LINE | line])
+
+
+STARTS = {  # the distribution of the numbers, or of their logarithms to base 10
+    ("normal", "0.1;1"): truncnorm(-0.09, 9.9, 0.1, 1.0),
+    ("parameterScaleNormal", "0;2"): truncnorm(-1.0, 0.5, 0.0, 2.0),
+    ("uniform", ""): uniform(0.01, 9.99),
+    ("uniform", "-1;2"): uniform(0.01, 1.99),
+    ("parameterScaleUniform", ""): uniform(-2, 3),
+    ("", ""): uniform(-2, 3),
+}
+
+
+@pytest.mark.parametrize(("kind", "given"), STARTS)
+def test_starts_are_those_of_a_prior_within_the_bounds(kind, given):
+    drawn = np.asarray(of_prior(kind, given).starts(jax.random.key(0), 400)["k"])
+    assert np.isfinite(drawn).all()
+    drawn = 10**drawn if kind in ("normal", "uniform") else drawn
+    assert kstest(drawn, STARTS[kind, given].cdf).pvalue > 1e-3
+
+
+BAD_PRIORS = [
+    ("normal", "", "a mean and a deviation above 0, as '1;2'; got '' for 'k'"),
+    ("parameterScaleNormal", "1;0", "a mean and a deviation above 0, as '1;2'; got '1;0' for 'k'"),
+    ("normal", "nan;1", "a mean and a deviation above 0"),
+    ("uniform", "1", "two ends in order, as '1;2'; got '1' for 'k'"),
+    ("uniform", "2;1", "two ends in order"),
+    ("uniform", "1;2;3", "two ends in order"),
+    ("parameterScaleUniform", "1;x", "two ends in order"),
+]
+
+
+@pytest.mark.parametrize(("kind", "given", "words"), BAD_PRIORS)
+def test_a_prior_without_its_parameters(kind, given, words):
+    with pytest.raises(ValueError, match=f"initializationPriorParameters must be {words}"):
+        of_prior(kind, given).starts(jax.random.key(0), 1)
+    with pytest.raises(ValueError, match=f"objectivePriorParameters must be {words}"):
+        of_prior(kind, given, "objective").prior({"k": jnp.zeros(())})
+
+
+def test_starts_without_bounds():
+    with pytest.raises(ValueError, match=r"bounds must be finite to draw .*0.01 and inf for 'k'"):
+        of_prior("uniform", "", upperBound="inf").starts(jax.random.key(0), 1)
+
+
+DEGREES = {
+    "time - 3": 1, "2 * time / a + b": 1, "exp(a) * (b - time)": 1, "a * b": 0, "step": 0,
+    "piecewise(a, time < 2, 0) + 1": 0, "sin(2 * pi * time)": None, "time * time": None,
+    "time ^ 2": None, "a / time": None, "piecewise(time, a > 1, 0)": None, "step * time": 1,
+    "1 - wave": None, "abs(time - 3)": None,
+}  # fmt: skip
+
+
+def test_a_switch_is_at_a_linear_function_of_time():
+    rules = {"step": parsed("piecewise(1, time > 4, 0)"), "wave": parsed("cos(time)")}
+    for text, degree in DEGREES.items():
+        assert degree_in_time(parsed(text), rules) == degree, text
+
+
+def test_a_state_that_does_not_come_to_rest(problem, tmp_path):
+    """Without its decay, B grows in a pre-equilibration, and up to a time of infinity."""
+    drifts = problem.nominal | {"slow": jnp.zeros(())}
+    with pytest.warns(UserWarning, match="that of 'before' still moves, and the likelihood is NaN"):
+        assert jnp.isnan(problem.nll(drifts))
+    fed = {"measurements.tsv": ("before", ""), "conditions.tsv": ("3.0\t3", "3.0\t1e9")}
+    fed = jaxode.petab.load(written(tmp_path, fed), solver=jaxode.Rosenbrock23(), rtol=1e-4)
+    with pytest.warns(UserWarning, match="that of 'high' still moves, and the likelihood is NaN"):
+        assert jnp.isnan(fed.nll(drifts))
+    assert jnp.isfinite(fed.nll(problem.nominal))
+
+
+def test_finite_times_are_kept_and_infinity_is_later(tmp_path):
+    change = {"measurements.tsv": ("4\t7.5", "3e9\t7.5")}
+    measurements = jaxode.petab.load(written(tmp_path, change))._measurements
+    np.testing.assert_array_equal(measurements.ts[2], [3e9, 3e10, 3e10])
+    np.testing.assert_array_equal(measurements.rests, [False, False, True])
 
 
 def test_a_prior_that_is_not_known(tmp_path):

@@ -222,7 +222,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("petab/experiments.py", "np.any(np.asarray(moves)[..., self.parameters.estimated] != 0)",
      "np.any(np.asarray(moves)[..., ~self.parameters.estimated] != 0)"),
     # Steps do not end at a periodic switch, which is not refused.
-    ("petab/experiments.py", "or not np.all(np.abs(bent) < 1e-6)", "or False"),
+    ("petab/formulas.py", "linear.get(formula.function) else None", "formula.function else None"),
     # Laws of one form that are not beside each other change others' states.
     ("petab/field.py", "model.stoichiometry[:, order]", "model.stoichiometry"),
     # A concentration changes as fast as an amount.
@@ -254,8 +254,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A wide prior is a narrow one.
     ("petab/parameters.py", "(value - mean) / deviation", "(value - mean) * deviation"),
     # First guesses by a prior on the linear scale are not on that of the table.
-    ("petab/parameters.py", 'if kind in ("normal", "uniform") and (rate',
-     'if kind == "" and (rate'),
+    ("petab/parameters.py", "if linear and (rate", 'if kind == "" and (rate'),
+    # First guesses leave the bounds, beyond which there is no logarithm.
+    ("petab/parameters.py", "truncated_normal(one, ends[0], ends[1], (n,))", "normal(one, (n,))"),
+    # A prior without its parameters has the bounds as its mean and deviation.
+    ("petab/parameters.py", "not given and kind in UNIFORM", "not given"),
     # Natural logarithms count as those to base 10.
     ("petab/parameters.py", '"log": 1.0', '"log": math.log(10)'),
     # An estimate has another likelihood than `Problem.nll`.
@@ -264,7 +267,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("petab/problem.py", '{"prior": self.prior} if self.prior(self.nominal)',
      '{"prior": self.prior} if not self.prior(self.nominal)'),
     # A problem is solved from the start of the model, not from its steady state.
-    ("petab/problem.py", "jnp.where(self._kept, settled[experiments.before_of], y0)", "y0"),
+    ("petab/problem.py", "jnp.where(self._kept, settled[experiments.before_of, 0], y0)", "y0"),
+    # A state that drifts counts as steady.
+    ("petab/problem.py", "moving = rests & jnp.any(", "moving = ~rests & jnp.any("),
+    # A finite time beyond 1e8 becomes that.
+    ("petab/measurements.py", "np.where(at == np.inf, last, at)", "np.minimum(at, SETTLED)"),
     # A table that a spreadsheet has written lacks its first column.
     ("petab/tables.py", 'encoding="utf-8-sig"', 'encoding="utf-8"'),
     # Of conditions of one name, the last stands for all.
