@@ -229,8 +229,8 @@ def check_times(exact: Any, ts: Array, t0: Array) -> None:
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
     if (times[..., 0] < np.asarray(t0)).any():
         raise ValueError(
-            f"{arg('ts')} must not be before t0, {float(t0):g}; got {times.min():g}. Pass the "
-            "state at the first of them, and t0."
+            f"{arg('ts')} must not be before t0, {float(t0):.15g}; got {times.min():.15g}. Pass "
+            "the state at the first of them, and t0."
         )
 
 

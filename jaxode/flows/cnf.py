@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxode._checks.arguments import Time, check_args, check_bool
+from jaxode._checks.arguments import Time, check_args, check_bool, state_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import report_loss
 from jaxode._checks.rules import (
@@ -178,8 +178,8 @@ class CNF(eqx.Module):
         key = None if key is None else check_key(key)
         loss, stats, result, t_reached = compiled.nll(system, self._parts, key, weights)
         faults = self._faults("x", system, weights)
-        loss = report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
-        return loss, stats
+        remedies = self.solve_options.remedies(state_dtype(system.y0))
+        return report_loss(loss, result, t_reached, self.throw, faults, remedies), stats
 
     @public("matching_loss")
     def matching_loss(
@@ -331,7 +331,8 @@ class CNF(eqx.Module):
         )
         faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
-        return report_loss(loss, result, t_reached, self.throw, faults, self.solve_options.remedies)
+        remedies = self.solve_options.remedies(state_dtype(system.y0))
+        return report_loss(loss, result, t_reached, self.throw, faults, remedies)
 
     def _drawn(self, key: Any, n: Any) -> tuple[Float[Array, "n *event"], PRNGKeyArray]:
         """Samples of the base, and a key for the probes."""
@@ -388,5 +389,6 @@ def end_state(
     solution = in_chunks(program, flow.chunks, system, flow._parts, key)
     if throw:
         faults = (faults or {}) | flow._faults(name, system)
-        solution = report(solution, faults, flow.solve_options.remedies)
+        remedies = flow.solve_options.remedies(state_dtype(system.y0))
+        solution = report(solution, faults, remedies)
     return solution.y1

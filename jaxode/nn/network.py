@@ -149,10 +149,16 @@ class Network(eqx.Module):
                 f"this size, and None for size 0; got shape {shape}. {cure}"
             )
         if not self._fits(y.shape):
+            cure = f"Make it with {self.sized_by}={y.shape}, or fix the samples."
+            if y.ndim > 1 and self._fits(y.shape[1:]):
+                cure = (
+                    f"If these are {len(y)} samples, let their axis be that of a batch, by "
+                    "batch='joint' of jaxode.solve."
+                )
             raise MisfitError(
                 f"{name}({self.sized_by}=...): the network was made for samples of "
                 f"{f'shape {self._shape}' if self._shape else f'{size} numbers'}; got a sample of "
-                f"shape {y.shape}. Make it with {self.sized_by}={y.shape}, or fix the samples."
+                f"shape {y.shape}. {cure}"
             )
         return y.reshape(-1)
 

@@ -1,5 +1,6 @@
 """The user's vector field: what it may offer, who asks it for that, and the place that calls it."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -7,6 +8,7 @@ import equinox as eqx
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.caller import arg
+from jaxode._checks.traced import traced_use
 
 VectorField = Callable[[Float[Array, ""], PyTree, Any], PyTree]
 
@@ -121,8 +123,11 @@ class ContextError(ValueError):
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
+TIMES, STATES = ("t", "time"), ("y", "x", "z", "u", "state")  # names of parameters
+
+
 def check_field(name: str, f: Any, call: str) -> None:
-    """Raise unless `f` is a function."""
+    """Raise unless `f` is a function, and if the names of time and state are in another order."""
     if isinstance(f, type):
         raise TypeError(
             f"{arg(name)} must be a function {call}; got the class {f.__name__}. Pass an "
@@ -130,6 +135,26 @@ def check_field(name: str, f: Any, call: str) -> None:
         )
     if not callable(f):
         raise TypeError(f"{arg(name)} must be a function {call}; got {f!r}.")
+    got = _first_two(f)
+    kinds = [
+        [each in TIMES for each in names] if {*names} <= {*TIMES, *STATES} else None
+        for names in (call.partition("(")[2].rstrip(")").split(", ")[:2], got)
+    ]
+    if kinds in ([[True, False], [False, True]], [[False, True], [True, False]]):
+        raise TypeError(
+            f"{arg(name)} must be a function {call}, called by position; got one of "
+            f"({', '.join(got)}), in another order. Exchange its first two parameters."
+        )
+
+
+def _first_two(f: Callable[..., Any]) -> list[str]:
+    """The names of the first two parameters by position, as far as Python knows."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in parameters[:2] if each.kind in positional]
 
 
 def of_row(args: PyTree, row: PyTree) -> PyTree:
@@ -155,6 +180,8 @@ def call_field(
     try:
         return f(t, y, args)
     except Exception as error:
+        if traced := traced_use(name, error):
+            raise MisfitError(traced) from error
         if type(error) not in MISFITS:
             raise
         pair = "" if row is None else ", the pair (args, row) of a solve with row_args"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import as_array, check_breakpoints, check_number, integer, one_of
 from jaxode._checks.atol import check_atol, for_each_number
 from jaxode._checks.caller import arg, caller
-from jaxode._checks.errors import IMPLICIT, JACOBIAN_GIVEN, Remedies
+from jaxode._checks.errors import EXPLANATIONS, IMPLICIT, JACOBIAN_GIVEN, Remedies, Result
 from jaxode._checks.rules import is_known, rules_of
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
@@ -27,6 +27,7 @@ from jaxode.ode.solvers.rosenbrock import with_mass
 
 PRECISIONS = ("highest", "high", "default")
 NO_LIMIT = 2**31 - 1  # steps are counted in int32
+FEW_ROUNDINGS = 4  # below which a relative tolerance measures rounding
 
 
 class SolveOptions(eqx.Module):
@@ -84,12 +85,21 @@ class SolveOptions(eqx.Module):
         """Whether each step solves equations."""
         return self.method.implicit
 
-    @property
-    def remedies(self) -> Remedies:
-        """Advice in the message of a failed solve that depends on the solver."""
-        if not self.implicit:
-            return {}
-        return IMPLICIT if self.jacobian is None else JACOBIAN_GIVEN
+    def remedies(self, dtype: jnp.dtype) -> Remedies:
+        """Advice in the message of a failed solve in `dtype`, by the solver and the tolerance."""
+        usual = JACOBIAN_GIVEN if self.jacobian is not None else IMPLICIT if self.implicit else {}
+        rtol, rounding = self.rtol, float(jnp.finfo(dtype).eps)
+        if not is_known(rtol) or not 0 < float(rtol) < FEW_ROUNDINGS * rounding:
+            return usual
+        cure = f"raise it to {10 * rounding:.0e}"
+        if dtype != jnp.float64:
+            cure = f"use float64, by jax.config.update('jax_enable_x64', True), or {cure}"
+        first = f"rtol={float(rtol):g} is below a few roundings of {dtype}, {rounding:.1e}: {cure}."
+        stuck = Result.MAX_STEPS_REACHED, Result.STEP_SIZE_UNDERFLOW
+        return usual | {
+            result: f"{first} Otherwise: {usual.get(result, EXPLANATIONS[result][1])}"
+            for result in stuck
+        }
 
     def _check(self) -> None:
         if not isinstance(self.adjoint, Adjoint):

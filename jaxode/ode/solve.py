@@ -8,7 +8,15 @@ import diffrax
 import jax
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from jaxode._checks.arguments import Time, check_args, check_batch, check_bool, check_state, one_of
+from jaxode._checks.arguments import (
+    Time,
+    check_args,
+    check_batch,
+    check_bool,
+    check_state,
+    one_of,
+    state_dtype,
+)
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import FINITE, FINITE_STATE
 from jaxode._checks.samples import check_rows
@@ -151,6 +159,7 @@ def solve(
     check_event(options, event, batch)
     check_jumps(jumps)
     if mass is not None:
+        check_field("f", f, "f(t, y, args)")
         others = {"event": event, "jumps": jumps, "breakpoints": breakpoints}
         options = dataclasses.replace(options, mass=check_mass(mass, options, y0, batch, **others))
         check_consistent(f, y0, t0, args, row_args, options, batch)
@@ -250,7 +259,7 @@ def solve_checked(
     rule = FINITE_STATE if batch is None else FINITE
     faults = rule.fault(*jax.tree.leaves(system.y0), name=name)
     faults |= argument_faults(system)
-    return report(solution, faults, options.remedies)
+    return report(solution, faults, options.remedies(state_dtype(y0)))
 
 
 def check_row_args(row_args: PyTree, y0: PyTree[Array], batch: Batch) -> PyTree:

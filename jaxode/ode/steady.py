@@ -24,7 +24,7 @@ from jaxode._checks.caller import public
 from jaxode._checks.errors import Result, guarded, nan_or_raise
 from jaxode._checks.rules import POSITIVE
 from jaxode._jax.closure import compiled
-from jaxode.ode.field import VectorField
+from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.roots import NOISE, find_root, implicit, is_stable, natural_sizes
 from jaxode.ode.solve import UserField, check_row_args, solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
@@ -111,6 +111,7 @@ def steady_state(
             larger `t1`), or where the Jacobian is singular (`SINGULAR_MATRIX`: eliminate a
             conserved quantity, or it is a bifurcation).
     """
+    check_field("f", f, "f(t, y, args)")
     y0 = (check_state if batch is None else check_batch)("y0", y0)
     args, row_args = check_args("args", args), check_row_args(row_args, y0, batch)
     one_of("batch", batch, (None, "per_sample"))

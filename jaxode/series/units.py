@@ -46,6 +46,7 @@ def _cure_of_shapes(ts: tuple[int, ...], ys: tuple[int, ...]) -> str:
 
 def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     """Times `[rows, times]` and values `[rows, times, channels]`, as arrays of NumPy."""
+    single = getattr(ts, "dtype", None) == np.float32
     ts, ys = _times("ts", ts), np.asarray(numbers("ys", ys), float)
     if ts.ndim != 2 or ys.ndim != 3 or ys.shape[:2] != ts.shape or not ys.size:
         raise ValueError(
@@ -81,11 +82,17 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     step = np.diff(ts, axis=1)
     must = "increase within a row up to its last observation"
     cure = "Sort the times, and merge what was observed at the same time."
+    spacing = np.spacing(np.float32(np.abs(ts).max()))
+    if single and spacing > 1e-4 * np.ptp(ts):  # as for seconds since 1970
+        cure = (
+            f"In float32, times of that size are {spacing:g} apart: subtract the start before, or "
+            "pass them in float64."
+        )
     check(
         "ts",
         (step < 0) | ((step == 0) & before_last),
         must,
-        lambda i, j: f"{ts[i, j]:g} and then {ts[i, j + 1]:g} in row {i}",
+        lambda i, j: f"{ts[i, j]:.15g} and then {ts[i, j + 1]:.15g} in row {i}",
         cure,
     )
     return ts, ys
@@ -118,7 +125,7 @@ def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "ro
         "at",
         ~(at >= last[:, None]),
         must,
-        lambda i, j: f"{at[i, j]:g} in row {i}, whose last observation is at {last[i]:g}",
+        lambda i, j: f"{at[i, j]:.15g} in row {i}, whose last observation is at {last[i]:.15g}",
         cure,
     )
     step = np.diff(at, axis=1)
@@ -128,7 +135,7 @@ def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "ro
         "at",
         wrong,
         "increase",
-        lambda i, j: f"{at[i, j]:g} and then {at[i, j + 1]:g} in row {i}",
+        lambda i, j: f"{at[i, j]:.15g} and then {at[i, j + 1]:.15g} in row {i}",
         cure,
     )
     return at

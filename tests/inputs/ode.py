@@ -66,6 +66,8 @@ ROWS = {
         ({"y0": True}, "leaves must have a floating dtype; got bool."),
         ({"y0": KEY}, "leaves must have a floating dtype; got key<fry>."),
         ({"f": eqx.nn.MLP}, "must be a function f(t, y, args); got the class MLP."),
+        ({"f": nn.field, "y0": X, "args": nn.MLP(2, key=KEY)}, "^MLP(event_shape=...)~ got a sampl"
+         "e of shape (3, 2). If these are 3 samples, let their axis be that of a batch, by batch="),
         ({"f": lambda t, y, args: "text"}, "f(t, y, args) must return arrays; got str."),
         ({"f": lambda t, y, args: y.astype(float), "y0": ONE.astype("f4")},
          "f(t, y, args) must not return more precision than y has; got float64 where y is float32"),

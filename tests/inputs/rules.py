@@ -97,6 +97,12 @@ ROWS = [
         "solve": "f", "flow": "f", "odeint": "func", "cnf": "f", "probability_flow": "model",
         "reverse_kl_loss": "log_density", "Jumps": "change",
     }),
+    *must(lambda y, t, *args: y, TypeError, "", {
+        "solve": "f", "flow": "f", "cnf": "f", "probability_flow": "model", "Jumps": "change",
+        "Event": "condition", "Rodas5P": "jacobian",
+    }, "must be a function ~, called by position; got one of (y, t), in another order. Exchange"),
+    *must(lambda time, state: state, TypeError, "", {"odeint": "func"},
+          "must be a function func(y, t, *args), called by position; got one of (time, state)"),
     *must(2.0, TypeError, "a function~", {"Rodas5P": "jacobian", "MLP": "activation"}),
     *must(0, TypeError, "", KEYS, A_KEY),
     *must(None, TypeError, "", dict.fromkeys(DRAWING, "key"), A_KEY),

@@ -1,5 +1,9 @@
 """Every failed solve says so: which way it failed, where, and what to change."""
 
+import functools
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,9 @@ import pytest
 from helpers import AT_RUN_TIME, METHODS, REVERSE, with_slow
 
 import jaxode
+from jaxode.nn import MLP
+from jaxode.ode.field import check_field
+from jaxode.ode.options import SolveOptions
 
 
 def decay(t, y, args):
@@ -170,3 +177,79 @@ def test_compiled_training_step_has_no_host_callback():
 
     assert "callback(" not in lowered()
     assert "callback(" in lowered(throw=True)
+
+
+def with_numpy(t, y, args):
+    return np.sin(y)
+
+
+def with_a_table(t, y, args):
+    return np.arange(3.0)[jnp.int32(t)] * y
+
+
+def with_a_branch(t, y, args):
+    if t > 0.5:
+        return y
+    return -y
+
+
+def with_a_number(t, y, args):
+    return -float(t) * y
+
+
+def with_math(t, y, args):
+    return math.cos(t) * y
+
+
+def with_an_index(t, y, args):
+    return [y, -y][jnp.int32(t)]
+
+
+UNTRACEABLE = {
+    with_numpy: ("uses NumPy on", "return np.sin(y)", "Write jnp.sin for np.sin."),
+    with_a_table: ("uses NumPy on", "return np.arange(3.0)", "Write jnp"),
+    with_a_branch: ("branches on", "if t > 0.5:", "Write jnp.where"),
+    with_a_number: ("makes a number of Python of", "return -float(t) * y", "Leave float"),
+    with_math: ("uses math on", "return math.cos(t) * y", "Write jnp.cos for math.cos."),
+    with_an_index: ("counts or indexes by", "return [y, -y]", "Index an array of jnp"),
+}
+
+
+@pytest.mark.parametrize("f", UNTRACEABLE)
+def test_what_jax_cannot_trace_is_told_with_its_line(f):
+    does, line, cure = UNTRACEABLE[f]
+    number = f.__code__.co_firstlineno + 1
+    place = f"in line {number} of {__file__}: `{line}"
+    told = re.escape(f"solve: f {does} an array that JAX traces, {place}") + ".*" + re.escape(cure)
+    with pytest.raises(TypeError, match=told) as info:
+        solve(f)
+    assert isinstance(info.value.__cause__, jax.errors.JAXTypeError | jax.errors.JAXIndexError)
+
+
+def test_a_condition_that_jax_cannot_trace_is_told():
+    with pytest.raises(
+        TypeError, match=r"^solve: condition uses NumPy on .* `lambda|Write jnp.sin"
+    ):
+        solve(event=jaxode.Event(lambda t, y, _: np.sin(y[0])))
+
+
+KEPT = [
+    lambda x, y, args: y, lambda t, t0, args: t0, lambda a, t, args: t, lambda *args: args[1],
+    functools.partial(lambda y, t, state: state, 1.0), MLP(1, (2,), key=jax.random.key(0)), jnp.add,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("f", KEPT)
+def test_other_names_of_time_and_state_are_kept(f):
+    check_field("f", f, "f(t, y, args)")
+
+
+def test_a_tolerance_below_roundings_is_told():
+    options = SolveOptions.make(rtol=1e-8)
+    (single, double), code = map(options.remedies, map(np.dtype, ("f4", "f8"))), 1
+    told = "rtol=1e-08 is below a few roundings of float32, 1.2e-07: use float64, by jax.config.upd"
+    assert single[code].startswith(told)
+    assert "or raise it to 1e-06. Otherwise: Raise max_steps" in single[code]
+    assert not double
+    with pytest.raises(jaxode.SolveError, match=r"steps ran out .*rtol=1e-08 is below a few"):
+        solve(y0=jnp.ones(2, jnp.float32), max_steps=2, rtol=1e-8)

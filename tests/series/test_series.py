@@ -531,6 +531,10 @@ def changed(x: np.ndarray, where, value) -> np.ndarray:
 WRONG = {
     "order": (changed(TS, (2, 1), -1.0), YS, {}, r"\(ts=...\): must increase within .* row 2"),
     "repeated": (changed(TS, (2, 1), TS[2, 0]), YS, {}, "got .* and then .* in row 2. Sort the"),
+    "seconds since 1970": (
+        (1.7e9 + TS).astype("f4"), YS, {}, "got 1700000000 and then 1700000000 in row 0. In "
+        "float32, times of that size are 128 apart: subtract the start",
+    ),
     "time": (changed(TS, (3, 1), NAN), YS, {}, "finite; got nan in row 3, at place 1. Pad"),
     "dates": (TS.astype("M8[h]"), YS, {}, r"\(ts=...\): must be numbers; got dates. Pass hours"),
     "empty": (TS, changed(YS, 4, NAN), {}, "observation in each row; got none in row 4"),
