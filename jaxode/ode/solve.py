@@ -243,6 +243,8 @@ def solve_checked(
 ) -> Solution:
     """`solve` for a checked state, which is the argument `name`, and what was checked with it."""
     check_field(kind.name, f, f"{kind.name}{kind.call}")
+    if options.jacobian is not None:
+        check_field("jacobian", options.jacobian, "jacobian(t, y, args)")
     check_bool("throw", throw)
     args = check_args("args", args)
     row_args = check_row_args(row_args, y0, batch)

@@ -79,6 +79,7 @@ ROWS = {
         ({"breakpoints": jnp.array([0.5j])}, "must be a vector of real times; got a complex numbe"),
         ({"solver": "dopri5"}, "must be an ODE solver, such as ~; got 'dopri5'."),
         ({"solver": jaxode.Rodas5P}, "must be an ODE solver~; got the class Rodas5P. Call it"),
+        (jacobian(lambda y, t, args: "a"), "^solve(jacobian=...): ~ got one of (y, t), in another"),
         (jacobian(lambda t, y, args: "a"), "jacobian(t, y, args) must return ~; got str."),
         (jacobian(lambda t, y, args: [[t]]), "jacobian(t, y, args) must return ~; got list."),
         ({**jacobian(lambda t, y, args: args["a"]), "args": None},

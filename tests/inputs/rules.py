@@ -99,7 +99,7 @@ ROWS = [
     }),
     *must(lambda y, t, *args: y, TypeError, "", {
         "solve": "f", "flow": "f", "cnf": "f", "probability_flow": "model", "Jumps": "change",
-        "Event": "condition", "Rodas5P": "jacobian",
+        "Event": "condition",
     }, "must be a function ~, called by position; got one of (y, t), in another order. Exchange"),
     *must(lambda time, state: state, TypeError, "", {"odeint": "func"},
           "must be a function func(y, t, *args), called by position; got one of (time, state)"),

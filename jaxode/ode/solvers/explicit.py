@@ -23,7 +23,6 @@ from jaxode._checks.caller import arg, public
 from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.field import check_field
 from jaxode.ode.loop.problem import weighted_sum
 from jaxode.ode.loop.rows import reduce_rows
 from jaxode.ode.solvers.base import Field, Method
@@ -175,8 +174,11 @@ class Solver:
 
     @public("")
     def __post_init__(self) -> None:
-        if self.jacobian is not None:
-            check_field("jacobian", self.jacobian, "jacobian(t, y, args)")
+        if self.jacobian is not None and not callable(self.jacobian):
+            raise TypeError(
+                f"{arg('jacobian')} must be a function jacobian(t, y, args); got "
+                f"{self.jacobian!r}. The default is forward mode."
+            )
 
     def order(self, terms: Any = None) -> int:
         """The order of convergence, as diffrax's solvers have it."""
