@@ -234,7 +234,7 @@ def estimate(
 
     Raises:
         TypeError, ValueError: for an invalid argument.
-        SolveError: if no start could be solved for the first observations.
+        SolveError: if no start can be solved.
 
     Warns:
         UserWarning: of parameters that the observations do not determine; of those that ended at a

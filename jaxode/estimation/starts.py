@@ -13,7 +13,7 @@ from jaxode._checks.errors import SolveError
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import STARTS_AT_ONCE, Box, minimize
+from jaxode.estimation.search import STARTS_AT_ONCE, Box, Fits, minimize
 
 # Drop the worse run of a start above this many times the least cost, except the best eight; or
 # above it by so many nats an observation where the cost is a density, which has no least value.
@@ -114,8 +114,18 @@ def improved(
     """Improve runs, `size` at a time, on more and more observations.
 
     On all of them, each start gets a further run from where it began; if slopes were `matched` and
-    the budget lasts, only those that went astray.
+    the budget lasts, only those that went astray, or ended above their start. If no run can be
+    solved for a part, since the part before misled them, all begin there again.
     """
+
+    def fitted(flats, end, whole):
+        return minimize(
+            of_observations(problem, end), flats, box,
+            budget.steps if whole else min(budget.steps, STEPS_OF_PART), size=size,
+            hold=HOLD_WEIGHT if end < jnp.max(problem.ts) else 0.0, budget=budget,
+            part=f"estimate: observations up to {float(end):.4g}",
+        )  # fmt: skip
+
     with_starts = False
     for number in range(len(PARTS_OF_TIMES)):
         end, whole = _end(problem, number), number == len(PARTS_OF_TIMES) - 1
@@ -124,16 +134,20 @@ def improved(
         if whole and not with_starts:
             moved = np.any(runs.flats[runs.of_start[:, 0]] != starts, axis=1)
             runs = runs.with_ways(starts, moved)
-        fits = minimize(
-            of_observations(problem, end), runs.flats, box,
-            budget.steps if whole else min(budget.steps, STEPS_OF_PART), size=size,
-            hold=HOLD_WEIGHT if end < jnp.max(problem.ts) else 0.0, budget=budget,
-            part=f"estimate: observations up to {float(end):.4g}",
-        )  # fmt: skip
+        fits = fitted(runs.flats, end, whole)
+        costs = runs.best(fits.costs)
+        again = np.isinf(costs) & np.isinf(costs).all()
+        if with_starts and whole and (alone := runs.of_start[:, -1] < 0).any():
+            of_starts = _costs_at(problem, end, starts[alone], box, size, budget)
+            again[alone] = of_starts < costs[alone]
+        if again.any():
+            runs = runs.with_ways(starts, again)
+            more = fitted(starts[again], end, whole)
+            fits = Fits(*(np.concatenate(pair) for pair in zip(fits, more, strict=True)))
         if not np.isfinite(fits.costs).any():
             raise SolveError(
                 f"{arg('starts')} none could be solved up to t = {float(end):g}. From one of "
-                f"them, {_cause(problem, end, runs.flats[0])}"
+                f"them, {_cause(problem, end, starts[0])}"
             )
         runs = runs._replace(flats=fits.flats)
         if whole:

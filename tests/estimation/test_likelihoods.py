@@ -1,6 +1,7 @@
 """Likelihoods by name and of one's own, estimated noise, and bounds: against SciPy."""
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -350,3 +351,42 @@ def test_it_names_what_is_not_finite(words, options):
     options = {"observe": first} | options
     problem, flats, _ = posed_problem(DECAY, start, TS, REAL, starts, **options)
     assert re.match(words, _cause(problem, TS[-1], flats[0]))
+
+
+INFLOW = KnownSolution(
+    lambda t, y, params: params["in"] - params["out"] * y,
+    lambda t, y0, params: (
+        params["in"] / params["out"]
+        + (y0 - params["in"] / params["out"]) * jnp.exp(-params["out"] * t)
+    ),
+)
+# Of the median 1 + exp(-t / 2), every fifth of a time unit.
+FEW_COUNTS = [*map(int, "2051112103502311212112010111022321333302")]
+ABOVE_ZERO = [
+    1.53, 1.03, 2.44, 0.96, 4.40, 2.46, 1.25, 1.93, 3.15, 5.64, 0.84, 2.22, 1.65, 1.08, 2.11, 1.55,
+    2.03, 0.90, 1.15, 1.38, 1.13, 1.12, 0.75, 1.16, 1.19, 1.04, 1.06, 1.50, 0.76, 1.49, 0.97, 1.07,
+    0.94, 1.62, 1.51, 1.03, 0.82, 2.59, 1.34, 0.57,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("likelihood", ["poisson", "log_normal"])
+def test_the_end_is_no_worse_than_the_start_where_the_first_part_misleads(likelihood):
+    """The first observations are fitted by predictions that turn negative, which have no density,
+    or are worse than those of the start."""
+    ts = np.linspace(0.2, 8.0, 40)
+    ys = np.array(FEW_COUNTS if likelihood == "poisson" else ABOVE_ZERO, float)
+    true = {"in": 0.5, "out": 0.5, "size": 2.0}
+    starts = {name: np.full(1, value) for name, value in true.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of parameters that so few counts do not determine
+        found = jaxode.estimate(
+            INFLOW, lambda params: params["size"][None], ts, ys[:, None], starts,
+            likelihood=likelihood,
+        )  # fmt: skip
+    predicted = 1.0 + np.exp(-0.5 * ts)
+    if likelihood == "poisson":
+        nll = -stats.poisson.logpmf(ys, predicted).sum()
+    else:
+        noise = np.sqrt(np.mean(np.log(ys / predicted) ** 2))
+        nll = -stats.lognorm.logpdf(ys, noise, scale=predicted).sum()
+    assert found.nll <= nll

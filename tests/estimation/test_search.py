@@ -3,12 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closed_forms import DECAY, posed_problem
 from jaxtyping import Array, Float
 
+from jaxode.estimation import starts as starts_of
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import Objective
-from jaxode.estimation.search import Box, minimize
-from jaxode.estimation.starts import Ends, Runs, _astray, _distinct, ends_of_starts
+from jaxode.estimation.search import Box, Fits, minimize
+from jaxode.estimation.starts import Ends, Runs, _astray, _distinct, ends_of_starts, improved
 
 
 class Line(Objective):
@@ -191,3 +193,42 @@ class Known:
 def test_runs_go_astray_that_cost_far_more_than_another_or_their_start():
     costs, of_starts = np.array([1.0, 9.0, 11.0, 5.0]), np.array([2.0, 20.0, 30.0, 0.4])
     np.testing.assert_array_equal(_astray(Known(), costs, of_starts), [0, 0, 1, 1])
+
+
+TIMES = np.arange(1.0, 33.0)
+OWN = np.array([[1.0], [2.0]])
+
+
+class Numbered:
+    """An objective that knows the end of its observations."""
+
+    def __init__(self, problem, end):
+        self.end = float(end)
+
+
+@pytest.mark.parametrize(
+    ("lost_from", "matched"), [(4.0, False), (4.0, True), (32.0, True), (np.inf, True)]
+)
+def test_a_start_that_can_be_evaluated_is_never_lost(lost_from, matched, monkeypatch):
+    """Whatever the first parts end at: 100 cannot be evaluated from a time on; in all
+    observations, it costs more than the second start, and less than the first."""
+
+    def fake(objective, flats, box, steps, **options):
+        here = np.asarray(flats)[:, 0]
+        costs = np.where(here == 100.0, 15.0, 30.0 - 10.0 * here)
+        costs = np.where((here == 100.0) & (objective.end >= lost_from), np.inf, costs)
+        ends = flats if objective.end == TIMES[-1] or not steps else np.full_like(flats, 100.0)
+        lost = np.zeros((len(flats), 1))
+        return Fits(ends, costs, np.isfinite(costs), lost, lost[..., None])
+
+    monkeypatch.setattr(starts_of, "minimize", fake)
+    monkeypatch.setattr(starts_of, "of_observations", Numbered)
+    problem = posed_problem(
+        DECAY, np.ones(1), TIMES, np.ones((32, 1)), {"rate": OWN[:, 0]}, noise=1.0
+    )[0]
+    runs = Runs(np.full((2, 1), 100.0) if matched else OWN, np.arange(2)[:, None])
+    box, budget = Box(np.full(1, -np.inf), np.full(1, np.inf)), Budget(None, None, False)
+    ends, costs = ends_of_starts(improved(problem, runs, box, 2, budget, OWN, matched))
+    of_first = (100.0, 15.0) if lost_from == np.inf else (1.0, 20.0)
+    np.testing.assert_array_equal(ends[:, 0], [of_first[0], 2.0])
+    np.testing.assert_array_equal(costs, [of_first[1], 10.0])

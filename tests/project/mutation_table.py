@@ -481,6 +481,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
     ("estimation/search.py", "near = ~row.cut & (", "near = ("),
     ("estimation/starts.py", "if whole and not with_starts:", "if False:"),
+    # Runs that are misled by the first observations take their starts with them.
+    ("estimation/starts.py", "again = np.isinf(costs) & np.isinf(costs).all()",
+     "again = np.isinf(costs) & False"),
+    # A start that costs less than the end of its run is dropped.
+    ("estimation/starts.py", "of_starts < costs[alone]", "of_starts < -np.inf"),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
