@@ -226,8 +226,8 @@ def estimate(
         steps: of the search on all observations, 200 by default.
         progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`
-            and `atol` are 1e-6, or 1e-5 in single precision; without `observe`, `atol` is this part
-            of the spread of `ys`, if that is below one.
+            is 1e-6, or 1e-5 in single precision, and `atol` that part of the spread of each number
+            of the state: of its observations or, with `observe`, of solves from the starts.
 
     Returns:
         An `Estimate`.

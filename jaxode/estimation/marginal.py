@@ -108,19 +108,28 @@ class Population(eqx.Module):
         params = self.unravel(flat)
         return params if self.args is None else (params, self.args)
 
+    def start(self, flat: Float[Array, " n"], subject: Subject) -> PyTree:
+        """A subject's state at `t0`."""
+        if not callable(self.y0):
+            return subject.y0
+        params, row = self.given(flat), subject.row
+        return self.y0(params, row) if row is not None and needs_row(self.y0) else self.y0(params)
+
+    def states(self, flat: Float[Array, " n"], subject: Subject) -> PyTree:
+        """A subject's states at the times of its observations."""
+        params, row = self.given(flat), subject.row
+        jumps = None if subject.doses is None else Jumps(subject.doses, self.change)
+        return solve(
+            self.f, self.start(flat, subject), self.t0, subject.ts[-1],
+            params if row is None else (params, row), ts=subject.ts, jumps=jumps,
+            adjoint=ForwardMode(), throw=False, **self.options,
+        ).ys  # fmt: skip
+
     def predicted(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "times ..."]:
         """The mean of a subject's observations by its parameters."""
         params, row = self.given(flat), subject.row
         given = params if row is None else (params, row)
-        start = subject.y0
-        if callable(self.y0):
-            by_row = row is not None and needs_row(self.y0)
-            start = self.y0(params, row) if by_row else self.y0(params)
-        jumps = None if subject.doses is None else Jumps(subject.doses, self.change)
-        found = solve(
-            self.f, start, self.t0, subject.ts[-1], given, ts=subject.ts, jumps=jumps,
-            adjoint=ForwardMode(), throw=False, **self.options,
-        ).ys  # fmt: skip
+        found = self.states(flat, subject)
         if self.observe is None:
             return found
 

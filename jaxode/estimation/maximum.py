@@ -1,6 +1,6 @@
 """The largest likelihood of a population, and the covariance there."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -23,10 +23,11 @@ DIFFERENCE = 0.01  # of the Hessian, in standard errors
 TOGETHER = 50  # subjects, at most
 LEAST_DAMPING = 1e-6  # so that some steps that fail suffice to raise it
 GOOD, POOR = 0.75, 0.25  # of the gain that a step promised
-FLAT = 1e-6  # curvature by a parameter in units of itself, or of one
-WIDEST = 100.0  # of these units, in standard errors where the others are known
+FLAT = 1e-6  # curvature by a parameter in its unit
+WIDEST = 100.0  # of units, in standard errors where the others are known
+DEVIATIONS = 5.0  # of a parameter that varies, as first guessed, are its unit
 PART = 0.1  # of a variance that is known, from which on what is hidden spoils it
-LEAST = 1e-6  # information of a parameter that the search takes for its scale
+LEAST = 1e-6  # information of a parameter, in its unit, that the search takes for its scale
 
 
 class Total(NamedTuple):
@@ -48,13 +49,12 @@ class Total(NamedTuple):
     def value(self) -> float:
         return float(self.values.sum())
 
-    @property
-    def decrement(self) -> float:
+    def decrement(self, units: np.ndarray) -> float:
         """How far the best parameters are, in standard errors."""
-        return float(np.sqrt(self.scores @ np.linalg.solve(self.damped(1e-9), self.scores)))
+        return float(np.sqrt(self.scores @ np.linalg.solve(self.damped(1e-9, units), self.scores)))
 
-    def damped(self, damping: float) -> np.ndarray:
-        scale = np.maximum(np.diag(self.information), LEAST)
+    def damped(self, damping: float, units: np.ndarray) -> np.ndarray:
+        scale = np.maximum(np.diag(self.information), LEAST / units**2)
         return self.information + damping * np.diag(scale)
 
 
@@ -77,6 +77,12 @@ class PopulationLikelihood:
     The effects begin where their derivatives at the last parameters say.
     """
 
+    least_units: Any = 1.0
+    """The unit of each parameter where it is near zero. Elsewhere it is its size."""
+    sized: Any = True
+    """Whether the size of a parameter says its unit, as that of the logarithm of the noise does
+    not."""
+
     def __init__(self, population: Population, theta: np.ndarray):
         count, q = len(population.subjects.ts), len(population.places)
         parts = -(-count // TOGETHER)
@@ -91,6 +97,26 @@ class PopulationLikelihood:
         dtype = population.t0.dtype
         none = jnp.zeros((size, q), dtype), jnp.zeros((size, q, len(theta)), dtype)
         self.last = [(theta, *none)] * parts  # where the effects and their derivatives were found
+
+    def units(self, theta: np.ndarray) -> np.ndarray:
+        """The unit of each parameter."""
+        return np.maximum(np.where(self.sized, np.abs(theta), 0.0), self.least_units)
+
+    def take_units(self, theta: np.ndarray, information: np.ndarray) -> None:
+        """Let the first guess and the information there say the units: a number that varies has
+        that of its deviation. Others are like logarithms, of which a unit is one, if that is less
+        than they are known to; but an observed zero says no unit."""
+        known = np.diag(information)
+        n, q = self.population.shared, len(self.population.places)
+        errors = WIDEST / np.sqrt(np.where(known > 0, known, np.inf))
+        units = np.where(theta == 0, errors, np.minimum(errors, 1.0))
+        spread = DEVIATIONS * np.asarray(self.population.split(jnp.asarray(theta))[1]).diagonal()
+        rows = np.tril_indices(q)[0] if self.population.correlated else np.arange(q)
+        units[np.asarray(self.population.places)] = spread
+        units[n : n + len(rows)] = spread[rows]
+        self.sized = np.arange(len(theta)) < n + len(rows)
+        units[~self.sized] = 1.0
+        self.least_units = np.where((units > 0) & np.isfinite(units), units, 1.0)
 
     @property
     def effects(self) -> Float[Array, "subjects q"]:
@@ -117,18 +143,19 @@ class PopulationLikelihood:
     def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
         """Damped Fisher scoring, corrected by the gradients as the search of effects is. The
         damping follows how much of the gain that a step promised was there. A step changes no
-        parameter by more than itself, or by one, and after one that fails, by less."""
+        parameter by more than its unit, and after one that fails, by less."""
         best, more, damping = self.at(theta, parts), np.zeros(2 * theta.shape), DAMPING
         longest = 1.0
         for _ in range(steps):
-            if not best.decrement > TOLERANCE:
+            units = self.units(theta)
+            if not best.decrement(units) > TOLERANCE:
                 break
-            curved, expected = best.information + more, best.damped(damping)
+            curved, expected = best.information + more, best.damped(damping, units)
             move = -np.linalg.solve(expected + more, best.scores)
             if not best.scores @ move < 0:
                 curved = best.information
                 move = -np.linalg.solve(expected, best.scores)
-            length = np.max(np.abs(move) / np.maximum(np.abs(theta), 1.0))
+            length = np.max(np.abs(move) / units)
             move, length = move * min(1.0, longest / length), min(length, longest)
             kept, found = list(self.last), self.at(theta + move, parts)
             if found.usable and found.value <= best.value:
@@ -164,9 +191,9 @@ class PopulationLikelihood:
     def by_newton(self, theta: np.ndarray) -> Maximum:
         """Newton's method, with one Hessian by differences of exact gradients."""
         best = self.at(theta)
-        wide = np.maximum(np.abs(theta), 1.0)
+        units = self.units(theta)
         about = np.diag(best.information)  # which is zero for what has no effect
-        steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / wide))
+        steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / units))
         kept, rows = list(self.last), []
         for step in steps:
             rows.append((self.at(theta + step).scores - best.scores) / step.max())
@@ -176,7 +203,8 @@ class PopulationLikelihood:
         if not np.isfinite(hessian).all():
             return Maximum(theta, best.value, unknown, False, none)
         # Units that leave curvatures alike: eigenvalues are known to rounding of the largest.
-        wide = np.minimum(wide, WIDEST / np.sqrt(np.maximum(np.diag(hessian), LEAST)))
+        known = np.maximum(np.diag(hessian), LEAST / units**2)
+        wide = np.minimum(units, WIDEST / np.sqrt(known))
         curvatures, along = np.linalg.eigh(hessian * np.outer(wide, wide))
         rounding = 100 * np.finfo(best.scores.dtype).eps * curvatures.max()
         least = max(FLAT, rounding)

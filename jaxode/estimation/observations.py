@@ -28,6 +28,7 @@ from jaxode.estimation.bounds import boxed
 from jaxode.estimation.likelihoods import LIKELIHOODS, Likelihood, LogNormal
 from jaxode.estimation.problem import ObservedODE, needs_row, of_rows
 from jaxode.estimation.search import PARAMETER_TOLERANCE, Box
+from jaxode.estimation.tolerances import spreads, with_atol
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
@@ -71,7 +72,6 @@ def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
     ts, ys, t0 = _observations(given, dtype)
     likelihood = _likelihood(given, ys)
-    spread = _spread(np.asarray(ys, float), ts.ndim - 1)
     noise = _noise(given, likelihood, ys, flats.shape[1])
     box = boxed(given.bounds, template, flats)
     args = as_data(given.args, (t0, jnp.max(ts)))
@@ -81,10 +81,10 @@ def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
         likelihood=likelihood, residual=given.residual, noise=noise,
         estimated=given.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
         prior=given.prior, args=args, row_args=row_args,
-        options=_solve_options(given, spread, dtype),
+        options={"rtol": max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6), **given.options},
     )  # fmt: skip
     _check_shapes(problem)
-    return problem, flats, box
+    return problem if "atol" in given.options else with_atol(problem, flats), flats, box
 
 
 def _check_functions(given: Given) -> None:
@@ -130,14 +130,6 @@ def _experiments(given: Given, template: PyTree, args: PyTree, ts: Array, ys: Ar
     if not callable(y0):
         y0 = jax.tree.map(lambda leaf: leaf.astype(ts.dtype), state)
     return y0, row_args
-
-
-def _solve_options(given: Given, spread: float, dtype: Any) -> dict[str, Any]:
-    """The options of the solves: tolerances a hundred times finer than those of the parameters."""
-    tolerance = max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6)
-    size = min(spread, 1.0) if given.observe is None else 1.0  # of the state
-    atol = jnp.asarray(tolerance * size, dtype)  # an input of the program, since it varies
-    return {"rtol": tolerance, "atol": atol, **given.options}
 
 
 def _check_function(name: str, function: Any, rows: bool = True) -> None:
@@ -286,7 +278,7 @@ def _noise(given: Given, likelihood: Any, ys: Array, count: int) -> Any:
             )
         values = np.asarray(ys, float)
         values = np.log(values) if isinstance(likelihood, LogNormal) else values
-        return jnp.asarray(_spread(values, jnp.ndim(given.ts) - 1), ys.dtype)
+        return jnp.asarray(spreads(values, jnp.ndim(given.ts) - 1) or 1.0, ys.dtype)
     return noise if callable(noise) else _noise_numbers(noise, ys)
 
 
@@ -313,17 +305,6 @@ def _check_noise_shape(problem: ObservedODE) -> None:
         raise ValueError(
             f"{arg('noise')} must return what broadcasts with an observation, {one}; got {found}."
         )
-
-
-def _spread(ys: np.ndarray, axis: int) -> float:
-    """The standard deviation of series along the axis of times, of which some may be missing."""
-    seen, count = ~np.isnan(ys), (~np.isnan(ys)).sum(axis, keepdims=True)
-    mean = np.nansum(ys, axis, keepdims=True) / np.maximum(count, 1)
-
-    def root(x):
-        return float(np.sqrt(np.mean(x[seen] ** 2)))
-
-    return max(root(ys - mean), 1e-3 * root(ys)) or 1.0  # series may be constant
 
 
 def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:

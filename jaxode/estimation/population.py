@@ -1,5 +1,6 @@
 """Parameters of an ODE of which each subject has its own: nonlinear mixed effects."""
 
+import dataclasses
 import inspect
 import math
 import warnings
@@ -28,15 +29,18 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
+from jaxode._jax.closure import compiled
 from jaxode.estimation.bounds import names
 from jaxode.estimation.display import as_text
 from jaxode.estimation.marginal import Population, Subject
 from jaxode.estimation.maximum import Maximum, PopulationLikelihood
 from jaxode.estimation.observations import as_data, broadcasts, check_observed, check_times
+from jaxode.estimation.tolerances import positive, rough, sizes_of_states, spreads, tolerances
 from jaxode.ode.field import VectorField, check_field
 from jaxode.ode.pieces import check_jumps
 from jaxode.ode.solve import solve
 
+ZERO = 0.01  # of its standard error, below which a deviation has ended at zero
 TAKEN = "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw"  # of `solve`
 
 
@@ -141,7 +145,8 @@ def estimate_population(
         correlated: whether to estimate correlations between the parameters that vary.
         steps: of the search.
         options: of `jaxode.solve`, such as `solver`, `max_steps`, and `jumps`, doses with times
-            `[jumps]` or `[subjects, jumps]`.
+            `[jumps]` or `[subjects, jumps]`. `rtol` is 1e-6, or 1e-5 in single precision, and
+            `atol` that part of the spread of each number of the state.
 
     Returns:
         A `PopulationEstimate`.
@@ -151,8 +156,8 @@ def estimate_population(
         SolveError: if a subject cannot be solved at the start.
 
     Warns:
-        UserWarning: if the search has not converged, or the observations do not determine
-            parameters, by their names.
+        UserWarning: if the search has not converged, the observations do not determine parameters,
+            or a deviation ended at zero, by their names.
 
     References:
         Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
@@ -162,13 +167,14 @@ def estimate_population(
     )
     steps = integer("steps", steps, least=0)
     likelihood = PopulationLikelihood(population, theta)
-    values = likelihood.at(theta).values
-    if not np.isfinite(values).all():
-        i = int(np.argmin(np.isfinite(values)))
+    begun = likelihood.at(theta)
+    if not (solved := np.isfinite(begun.values)).all():
+        i = int(np.argmin(solved))
         raise SolveError(
             f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
             f"finite likelihood. {_cause(population, theta, i)}"
         )
+    likelihood.take_units(theta, begun.information)
     if len(likelihood.parts) > 1:
         theta = likelihood.minimized(theta, steps, parts=1)
     theta = likelihood.minimized(theta, steps)
@@ -187,15 +193,17 @@ def _described(
 
     # The delta method, of the rows of the root.
     def rooted(theta):
-        return jnp.sqrt(jnp.sum(population.split(theta)[1] ** 2, axis=1) + 1e-30)
+        squares = jnp.sum(population.split(theta)[1] ** 2, axis=1)
+        return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
     slopes = np.asarray(jax.jacfwd(rooted)(jnp.asarray(theta)))
     unknown = np.isnan(np.diag(covariance))
     variances = np.diag(slopes @ np.where(np.isnan(covariance), 0.0, covariance) @ slopes.T)
     of_deviations = np.sqrt(np.where((slopes[:, unknown] != 0).any(axis=1), np.nan, variances))
     errors = np.sqrt(np.diag(covariance)[:n])
-    effects = likelihood.effects @ root.T
-    shrunk = 1 - jnp.std(effects, axis=0, ddof=1) / jnp.maximum(deviations, 1e-12)
+    # Of effects in units of the deviation, as those of a deviation of zero are, too.
+    directions = root / jnp.where(deviations > 0, deviations, 1.0)[:, None]
+    shrunk = 1 - jnp.std(likelihood.effects @ directions.T, axis=0)
     if free.any():
         names_of_free = ", ".join(np.array(_names(population))[free])
         warnings.warn(
@@ -212,6 +220,15 @@ def _described(
             stacklevel=4,
         )
 
+    none = np.asarray(deviations) < ZERO * of_deviations
+    if none.any():
+        varying = np.array(names(population.template))[np.asarray(population.places)]
+        warnings.warn(
+            f"estimate_population: the deviation of {', '.join(varying[none])} ended at zero: the "
+            "observations show no difference between subjects in it. Leave it out of vary.",
+            stacklevel=4,
+        )
+
     def params_of(z):
         return unravel(population.params_of(jnp.asarray(theta), z))
 
@@ -223,7 +240,7 @@ def _described(
         errors=unravel(jnp.asarray(errors)),
         deviations=named(deviations),
         deviation_errors=named(jnp.asarray(of_deviations)),
-        correlation=between / jnp.maximum(deviations[:, None] * deviations[None], 1e-30),
+        correlation=directions @ directions.T,
         noise=jnp.exp(log_noise[0]) if len(log_noise) else None,
         subjects=jax.vmap(params_of)(likelihood.effects),
         shrinkage=named(shrunk),
@@ -297,7 +314,7 @@ def _posed(given: _Given) -> tuple[Population, np.ndarray]:
     jumps, doses = options.pop("jumps", None), None
     if jumps is not None:
         doses = _doses(floating(jumps.times).astype(dtype), times, t0)
-    options = {"rtol": 1e-6 if dtype == jnp.float64 else 1e-5, "atol": 1e-6, **options}
+    options = {"rtol": 1e-6 if dtype == jnp.float64 else 1e-5, **options}
     subjects = Subject(times, seen, states, rows, doses)
     population = Population(
         f=f, y0=y0 if callable(y0) else None, t0=t0, observe=observe, noise=noise,
@@ -308,9 +325,36 @@ def _posed(given: _Given) -> tuple[Population, np.ndarray]:
     _check_shapes(population)
     root = jnp.diag(deviations)[jnp.tril_indices(len(places))] if correlated else deviations
     flat = ravel_pytree(template)[0]
+    if "atol" not in options:
+        atol = _tolerances(population, flat)
+        population = dataclasses.replace(population, options={**options, "atol": atol})
     theta = [flat, root] if noise is not None else [flat, root, jnp.zeros(1, dtype)]
     theta = np.asarray(jnp.concatenate(theta))
     return population, _with_noise(population, theta) if noise is None else theta
+
+
+def _tolerances(population: Population, flat: Float[Array, " n"]) -> PyTree[Array]:
+    """The absolute tolerance of each number of the state, by the observations of it or, if there
+    are none, by a rough solve from the start."""
+    ys = np.asarray(population.subjects.ys, float)
+    if population.observe is None and (~np.isnan(ys)).any(axis=(0, 1)).all():
+        sizes = positive(spreads(ys, 1, (0, 1)))
+    else:
+        sizes = sizes_of_states(*_states(population, flat))
+    return tolerances(population.options["rtol"], sizes, population.t0.dtype)
+
+
+@compiled
+def _states(population: Population, flat: Float[Array, " n"]) -> tuple[PyTree, PyTree]:
+    """Where the state of each subject begins and what it comes to, with an axis of one start."""
+
+    def each(subject):
+        y0 = population.start(flat, subject)
+        options = rough(population.options, y0, rows=False)
+        return y0, dataclasses.replace(population, options=options).states(flat, subject)
+
+    found = jax.lax.map(each, population.subjects)
+    return jax.tree.map(lambda leaf: leaf[None], found)
 
 
 def _check_shapes(population: Population) -> None:
@@ -425,5 +469,10 @@ def _with_noise(population: Population, theta: np.ndarray) -> np.ndarray:
     flat = population.params_of(jnp.asarray(theta), none)
     mean, _ = jax.vmap(population.moments, (None, 0), 1)(flat, population.subjects)
     apart = np.asarray(population.subjects.ys - mean)
-    known = apart[np.isfinite(apart)]
-    return np.append(theta[:-1], 0.5 * math.log(np.mean(known**2) + 1e-30) if known.size else 0.0)
+    seen = np.isfinite(apart)
+    square, most = (
+        np.sum(np.asarray(x)[seen] ** 2) / max(seen.sum(), 1)
+        for x in (apart, population.subjects.ys)
+    )
+    square = max(square, np.finfo(apart.dtype).eps ** 2 * most)
+    return np.append(theta[:-1], 0.5 * math.log(square or 1.0))

@@ -68,28 +68,31 @@ class ObservedODE(eqx.Module):
             return self.y0
         return of_rows(self.y0, self.given(params), self.row_args)
 
-    def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
-        """Predict the observations up to `end`, and hold them constant from there on."""
-        given = self.given(params)
+    def states(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> PyTree:
+        """The states up to `end`, held constant from there on."""
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
         options = self.options
         if (jumps := options.get("jumps")) is not None:  # those after the end are padding
             times = floating(jumps.times)
             times = jnp.where(times > ts[..., -1:], jnp.inf, times)
             options = {**options, "jumps": Jumps(times, jumps.change)}
-        ys = solve(
-            self.f, self.start(params), self.t0, ts[..., -1], given, ts=ts, batch=batch,
-            row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
+        return solve(
+            self.f, self.start(params), self.t0, ts[..., -1], self.given(params), ts=ts,
+            batch=batch, row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
         ).ys  # fmt: skip
-        observe = self.observe
+
+    def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
+        """Predict the observations up to `end`, and hold them constant from there on."""
+        ys, observe, given = self.states(params, end, throw), self.observe, self.given(params)
         if observe is None:
             return ys
+        ts = jnp.minimum(self.ts, end)
 
         def seen(t, y, row):
             return call_field(observe, t, y, given, "observe", "what is observed", row=row)
 
         each = jax.vmap(seen, (0, 0, None))
-        return each(ts, ys, None) if batch is None else jax.vmap(each)(ts, ys, self.row_args)
+        return each(ts, ys, None) if ts.ndim == 1 else jax.vmap(each)(ts, ys, self.row_args)
 
     def noise_at(self, params: PyTree) -> Float[Array, "..."]:
         """The noise of each observation."""

@@ -11,6 +11,7 @@ from jaxode.estimation.budget import Budget
 from jaxode.estimation.objectives import of_observations
 from jaxode.estimation.slopes import OfSlopes, match_slopes
 from jaxode.estimation.starts import _end
+from jaxode.estimation.tolerances import sizes_of_states
 
 TS = np.linspace(0.5, 4.0, 8)
 YS = 2.0 * np.exp(-0.5 * TS) + 0.1 * np.cos(5 * TS)
@@ -122,23 +123,51 @@ def test_parts_of_the_times_hold_more_observations_than_parameters():
     np.testing.assert_allclose(ends, [4, 8, 16, 32, 64, 64])
 
 
-@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e3])
-def test_tolerances_are_in_units_of_the_data(unit):
-    """Of the states, where they are observed, but not above one."""
-    ys = unit * YS[:, None]
-    problem = posed_problem(DECAY, begin, TS, ys, STARTS, noise=unit)[0]
-    spread = np.nanstd(ys)
-    np.testing.assert_allclose(problem.options["atol"], 1e-6 * min(spread, 1.0), rtol=1e-9)
-    observed = posed_problem(
-        DECAY, begin, TS, ys, STARTS, noise=unit, observe=lambda t, y, params: 1e-9 * y
-    )[0]
-    np.testing.assert_allclose(observed.options["atol"], 1e-6)
+def decayed(t, y0, params):
+    """Of two numbers, of which the second begins at zero."""
+    left = jnp.exp(-jnp.exp(params["rate"]) * t)
+    return jnp.stack([y0[0] * left, params["size"] * y0[0] * (1 - left)])
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("observed", [False, True])
+def test_tolerances_are_in_units_of_each_number_of_the_state(unit, observed):
+    """By its observations; if it has none, by where it begins, or by where the starts lead it."""
+    left = np.exp(-0.5 * TS)
+    units = np.array([1e3 * unit, unit])
+    states = np.stack([1e3 * unit * left, unit * np.where(SEEN, 1 - left, np.nan)], 1)
+    starts = {"rate": np.log([0.5, 0.1]), "size": np.array([1e-3, 1e-2])}
+    two = KnownSolution(lambda t, y, params: 0 * y, decayed)
+    begin = np.array([1e3 * unit, 0.0])
+    if observed:
+        problem = posed_problem(two, begin, TS, states, starts, noise=1.0)[0]
+        spread = units * np.array([np.std(left), np.std(left[SEEN])])
+        np.testing.assert_allclose(problem.options["atol"], 1e-6 * spread, rtol=1e-6)
+        alone = posed_problem(two, begin, TS, states, starts)[0]
+        pooled = np.concatenate([(x - x.mean()) for x in (units[0] * left, unit * left[SEEN])])
+        np.testing.assert_allclose(alone.noise, np.sqrt(np.mean(pooled**2)), rtol=1e-6)
+        assert alone.estimated  # as if the spread were the noise
+    else:
+        first = {"observe": lambda t, y, params: y[1], "noise": 1.0}
+        problem = posed_problem(two, begin, TS, states[:, 1] / unit, starts, **first)[0]
+        at = np.append(0.0, TS)
+        roots = [size * np.sqrt(np.mean((1e3 * unit * (1 - np.exp(-rate * at))) ** 2))
+                 for rate, size in ((0.5, 1e-3), (0.1, 1e-2))]  # fmt: skip
+        begun = np.sqrt(np.mean((1e3 * unit * np.exp(-0.5 * at)) ** 2))
+        np.testing.assert_allclose(problem.options["atol"], [1e-6 * begun, 1e-6 * min(roots)])
+        own = posed_problem(two, begin, TS, states[:, 1], starts, options={"atol": 1e-3}, **first)
+        assert own[0].options["atol"] == 1e-3
     assert problem.options["rtol"] == 1e-6
-    alone = posed_problem(DECAY, begin, TS, ys, STARTS)[0]
-    np.testing.assert_allclose(alone.noise, spread, rtol=1e-9)  # as if it were the noise
-    assert alone.estimated
-    given = posed_problem(DECAY, begin, TS, ys, STARTS, options={"atol": 1e-3})[0]
-    assert given.options["atol"] == 1e-3
+
+
+def test_sizes_of_states_are_finite_whatever_the_solves_are():
+    y0 = {"a": np.array([[2.0]]), "b": np.array([[0.0]]), "c": np.array([[8.0]])}
+    ys = {"a": np.array([[[np.nan]]]), "b": np.array([[[0.0]]]), "c": np.array([[[1e-300]]])}
+    found = sizes_of_states(y0, ys)
+    # Its start, the least of the others, and the root of a mean square.
+    np.testing.assert_allclose([found["a"], found["b"], found["c"]], [2.0, 2.0, 8 * 0.5**0.5])
+    none = sizes_of_states(np.zeros((1, 1, 2)), np.full((1, 1, 3, 2), np.nan))
+    np.testing.assert_array_equal(none, np.ones(2))
 
 
 def test_slopes_of_what_is_missing_do_not_count():

@@ -91,6 +91,36 @@ def test_it_is_exact_for_a_linear_mixed_model(lines):
     ]
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_a_population_has_the_same_answer_in_any_unit(lines, unit):
+    start, vary = ({name: unit * x for name, x in tree.items()} for tree in (GUESS, SPREAD))
+    found = jaxode.estimate_population(
+        LINE, begin, TS, unit * LINES[..., None], start, vary, correlated=True
+    )
+    assert found.converged
+    for name in ("params", "errors", "deviations", "deviation_errors", "noise", "subjects"):
+        one, other = (jax.tree.leaves(getattr(each, name)) for each in (lines, found))
+        np.testing.assert_allclose(np.array(other) / unit, one, rtol=1e-6)
+    for name in ("correlation", "shrinkage"):
+        one, other = (jax.tree.leaves(getattr(each, name)) for each in (lines, found))
+        np.testing.assert_allclose(np.array(other), np.array(one), rtol=1e-6)
+    np.testing.assert_allclose(found.nll - 59 * np.log(unit), lines.nll, rtol=1e-6)
+
+
+@pytest.mark.parametrize("observe", [None, lambda t, y, params: y[..., :1]])
+def test_tolerances_of_a_population_are_in_units_of_the_state(observe):
+    """By a solve from the start if it is not observed."""
+    sizes = np.array([1e-9, 1e9])
+    f = KnownSolution(lambda t, y, p: 0 * y, lambda t, y0, p: y0 * (1 + t * p["slope"]))
+    ys = np.broadcast_to(sizes * (1.0 + TS[:, None]), (3, 6, 2))
+    none = dict.fromkeys(("noise", "args", "row_args"))
+    given = {"start": {"slope": 1.0}, "vary": {"slope": 1.0}, "t0": 0.0, "correlated": False}
+    shown, rest = ys if observe is None else ys[..., :1], {"observe": observe, "options": {}}
+    posed, _ = _posed(_Given(f, np.tile(sizes, (3, 1)), TS, shown, **given, **none, **rest))
+    expected = sizes * (np.std(1.0 + TS) if observe is None else 1.0)  # where it begins
+    np.testing.assert_allclose(posed.options["atol"], 1e-6 * expected, rtol=1e-6)
+
+
 def test_a_subject_is_drawn_to_the_others(lines):
     noise, typical = lines.noise**2, np.array([*lines.params.values()])
     scale = np.array([*lines.deviations.values()])
@@ -99,7 +129,7 @@ def test_a_subject_is_drawn_to_the_others(lines):
     expected = np.linalg.solve(prior + BASIS.T @ BASIS / noise, alone + prior @ typical)
     found = np.stack([*lines.subjects.values()], 1)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
-    shrunk = 1 - (found - typical).std(0, ddof=1) / scale
+    shrunk = 1 - (found - typical).std(0) / scale  # as the likeliest deviation counts
     np.testing.assert_allclose([*lines.shrinkage.values()], shrunk, atol=1e-5)
 
 
@@ -252,10 +282,12 @@ def test_no_difference_between_subjects_is_a_deviation_of_zero():
     # Lines that are nearer to each other than noise makes them.
     ys = 2.0 - TS + 0.2 * RNG.normal(size=(10, 6))
     ys -= 0.9 * (ys - ys.mean(axis=0)) @ BASIS @ np.linalg.pinv(BASIS)
-    found = jaxode.estimate_population(
-        LINE, begin, TS, ys[..., None], GUESS, SPREAD, correlated=True
-    )
+    with pytest.warns(UserWarning, match=r"deviation of \['level'\], \['slope'\] ended at zero"):
+        found = jaxode.estimate_population(
+            LINE, begin, TS, ys[..., None], GUESS, SPREAD, correlated=True
+        )
     assert max(found.deviations.values()) < 0.02
+    np.testing.assert_allclose([*found.shrinkage.values()], 1.0, atol=1e-4)
     np.testing.assert_allclose(found.subjects["level"], found.params["level"], atol=0.02)
 
 
@@ -430,7 +462,7 @@ def test_a_search_from_a_wrong_noise_ends_at_the_right_one(log_noise):
     sample = Sample(50)
     end = sample.minimized(np.array([0.5, log_noise]), 40)
     # The search ends three hundredths of a standard error from the best.
-    assert sample.at(end).decrement < 0.03
+    assert sample.at(end).decrement(np.ones(2)) < 0.03
     assert np.abs(end).max() < 0.01
     moves = np.abs(np.diff(sample.tried[:-1], axis=0))
     assert (moves <= np.maximum(np.abs(sample.tried[:-2]), 1.0) + 1e-12).all()
@@ -479,9 +511,9 @@ def test_newtons_steps_end_by_gradients_where_values_are_rounded():
 class Bowl(Cliff):
     """A quadratic likelihood."""
 
-    def __init__(self, hessian):
+    def __init__(self, hessian, sizes):
         super().__init__(())
-        self.hessian = np.asarray(hessian)
+        self.hessian, self.least_units = np.asarray(hessian), sizes
 
     def at(self, theta, parts=None):
         values = 0.5 * theta @ self.hessian @ theta
@@ -492,7 +524,7 @@ class Bowl(Cliff):
 BOWLS = {
     "parameters": (1.0, False),
     "a small unit": (1e-9, False),
-    "a large unit": (1e4, False),
+    "a large unit": (1e12, False),
     "a flat direction": (1.0, True),
     "a flat direction in a small unit": (1e-6, True),
 }
@@ -503,7 +535,7 @@ def test_errors_know_no_units(bowl):
     scale, is_flat = BOWLS[bowl]
     root = np.array([[2.0, 0.0, 0.5], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0 if is_flat else 2.0]])
     sizes = np.array([1.0, 1.0, scale])
-    found = Bowl(root.T @ root / np.outer(sizes, sizes)).polished(0.1 * sizes)
+    found = Bowl(root.T @ root / np.outer(sizes, sizes), sizes).polished(0.1 * sizes)
     assert found.converged
     if not is_flat:
         covariance = found.covariance / np.outer(sizes, sizes)

@@ -116,6 +116,10 @@ FIRST = {
         "tests/estimation/test_estimate.py",
     ),
     "estimation/starts": ("tests/estimation/test_search.py", "tests/estimation/test_objectives.py"),
+    "estimation/tolerances": (
+        "tests/estimation/test_objectives.py",
+        "tests/estimation/test_population.py",
+    ),
     "estimation/uncertainty": ("tests/estimation/test_reports.py",),
     "ode/system": ("tests/ode/test_rows.py",),
     "petab": ("tests/petab",),
@@ -547,7 +551,17 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/objectives.py",
      "cost = cost + 0.5 * jnp.sum(prior**2)\n        rows =", "rows ="),
     # Tolerances do not go with the unit of the data.
-    ("estimation/observations.py", "min(spread, 1.0) if given", "1.0 if given"),
+    ("estimation/tolerances.py", "float(rtol) * size", "float(rtol) + 0 * size"),
+    # A number of the state that begins at zero is solved as coarsely as the largest start says.
+    ("estimation/tolerances.py", "np.min(np.where(found > 0, found, np.inf), axis=0)",
+     "np.max(found, axis=0)"),
+    # A parameter of a population in a large unit is taken for one that nothing determines.
+    ("estimation/maximum.py", "np.diag(hessian), LEAST / units**2)", "np.diag(hessian), LEAST)"),
+    # A deviation of zero is not told.
+    ("estimation/population.py", "none = np.asarray(deviations) < ZERO *",
+     "none = np.asarray(deviations) < 0 *"),
+    # Subjects are counted otherwise than by their deviation.
+    ("estimation/population.py", "@ directions.T, axis=0)", "@ directions.T, axis=0, ddof=1)"),
     # As many observations as parameters say a noise of zero.
     ("estimation/observations.py", "if used <= count:", "if used < count:"),
     # Half a count is a count.
