@@ -70,7 +70,7 @@ class Estimate(eqx.Module):
     """Covariance of the parameters as one vector, in the order of `jax.tree.leaves(params)`."""
     errors: PyTree[Array]
     """The standard error of each parameter: infinite where the observations do not determine it,
-    NaN at a bound."""
+    NaN at a bound, or if equal bounds fix it."""
     noise: Float[Array, "..."] | None
     """The noise: as given, at these parameters, or what the residuals say. None for Poisson's
     likelihood, one of your own, and `residual`."""
@@ -80,6 +80,8 @@ class Estimate(eqx.Module):
     """`cost` where each start ended; infinite where it could not be solved."""
     converged: Bool[Array, ""]
     """Whether the search ended at its tolerance."""
+    _unbounded: Float[Array, "n n"]
+    """The covariance as if no parameter had come to a bound."""
     _problem: ObservedODE
     _box: Box
     _together: int = eqx.field(static=True)
@@ -112,18 +114,19 @@ class Estimate(eqx.Module):
 
         Returns:
             `mean`, and `low` and `high`, which hold 95% of predictions for parameters as uncertain
-            as estimated: the delta method by `covariance`. They are infinite where the observations
-            do not determine what is predicted.
+            as estimated, by the delta method. A parameter at a bound is as uncertain as if it had
+            none, which is rather too much. They are infinite where the observations do not
+            determine what is predicted.
 
         Raises:
-            TypeError, ValueError: if `ts` are not such times.
+            TypeError, ValueError: if `ts` are not such times, or beyond the knots of an input.
             SolveError: if the solve fails.
         """
-        return predicted_band(self._problem, self.params, self.covariance, ts)
+        return predicted_band(self._problem, self.params, self._unbounded, ts)
 
     @public("profile")
     def profile(
-        self, where: Callable[[PyTree], Array], values: Float[Array, " values"]
+        self, where: str | Callable[[PyTree], Array], values: Float[Array, " values"]
     ) -> tuple[Float[Array, " values"], PyTree[Array]]:
         """Hold a parameter, or a function of some, at each of `values`, and estimate again.
 
@@ -133,9 +136,9 @@ class Estimate(eqx.Module):
         zero, the value has led to better parameters than the estimate.
 
         Args:
-            where: which parameter, as `lambda params: params["k"][0]`, or a smooth function, as
-                `lambda params: params["beta"] / params["gamma"]`. A function is held to a
-                hundred-thousandth of its standard error.
+            where: which parameter, by name, as `"k"`, or as `lambda params: params["k"][0]`; or a
+                smooth function, as `lambda params: params["beta"] / params["gamma"]`. A function is
+                held to a hundred-thousandth of its standard error.
             values: of it, `[values]`.
 
         Returns:
@@ -214,7 +217,7 @@ def estimate(
             the noise: in units of its deviations.
         prior: residuals of the parameters, such as `lambda p: (p - mean) / deviation`.
         bounds: `(low, high)`, each a number or a pytree like one of `starts`; infinite where there
-            is none. They hold at each step.
+            is none. They hold at each step. Equal ones fix a parameter, which does not count.
         match: whether to match slopes first. By default, if the state is observed, without
             `jumps`, and the solver is not one for stiff fields, whose slopes a spline does not
             resolve.
@@ -289,8 +292,9 @@ def _described(
     used = int((~np.isnan(problem.ys)).sum())
     # A prior has a row for each of its residuals; what is missing has none.
     rows = len(residuals) - (problem.ys.size - used)
-    square, free = chi_square(problem, residuals, cost), rows - len(flat)
-    noise, scale, count = None, 1.0, len(flat)
+    count = int(box.free.sum())
+    square, free = chi_square(problem, residuals, cost), rows - count
+    noise, scale = None, 1.0
     if problem.estimated:
         scale, count = square / free, count + 1
         noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
@@ -300,10 +304,10 @@ def _described(
     if converged:
         _warn_of_large_residuals(problem, square, free)
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
-    covariance, errors = uncertainty(
-        ends.information[best], scale, NULL_SINGULAR_VALUE[dtype], ~stopped
-    )
-    warn_of_parameters(problem, flat, errors, stopped)
+    information, tiny = ends.information[best], NULL_SINGULAR_VALUE[dtype]
+    covariance, errors = uncertainty(information, scale, tiny, ~stopped)
+    unbounded, _ = uncertainty(information, scale, tiny, box.free)
+    warn_of_parameters(problem, flat, errors, stopped & box.free)
     starts, costs = ends_of_starts(ends)
     alike = costs - cost <= SAME_NATS * scale + SAME_SQUARE * used
     warn_of_modes(problem, flat, errors, starts[alike])
@@ -324,6 +328,7 @@ def _described(
         starts=jax.vmap(unravel)(jnp.asarray(starts, dtype)),
         costs=jnp.asarray(costs * unit, dtype),
         converged=jnp.asarray(converged),
+        _unbounded=jnp.asarray(unbounded, dtype),
         _problem=problem,
         _box=box,
         _together=together,

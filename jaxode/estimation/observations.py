@@ -72,8 +72,8 @@ def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
     ts, ys, t0 = _observations(given, dtype)
     likelihood = _likelihood(given, ys)
-    noise = _noise(given, likelihood, ys, flats.shape[1])
     box = boxed(given.bounds, template, flats)
+    noise = _noise(given, likelihood, ys, int(box.free.sum()))
     args = as_data(given.args, (t0, jnp.max(ts)))
     y0, row_args = _experiments(given, template, args, ts, ys, t0)
     problem = ObservedODE(
@@ -176,6 +176,11 @@ def _check_shapes(problem: ObservedODE) -> None:
 
 def _starts(starts: Any) -> PyTree[Array]:
     starts = check_args("starts", starts)
+    if texts := [leaf for leaf in jax.tree.leaves(starts) if isinstance(leaf, str)]:
+        raise TypeError(
+            f"{arg('starts')} must be first guesses, numbers; got the text {texts[0]!r}. Pass them "
+            f"by name, such as starts={{{texts[0]!r}: jnp.array([1.0])}}."
+        )
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(starts)]
     if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
         raise ValueError(
@@ -312,9 +317,12 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
         raise ValueError(f"{arg('y0')} must be one array without observe. Pass it.")
     whole = (*ts.shape, *state.shape[ts.ndim - 1 :])
     if whole != ys.shape:
+        lacks_axis = whole == (*ys.shape, 1)
+        index = f"ys[{', '.join(':' * ys.ndim)}, None]"
+        cure = f"{index}, since y0 is an array" if lacks_axis else "observe(t, y, params)"
         raise ValueError(
             f"{arg('ys')} must be states, {whole}, without observe; got shape {ys.shape}. Pass "
-            "observe(t, y, params)."
+            f"{cure}."
         )
 
 

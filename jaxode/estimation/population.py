@@ -369,9 +369,11 @@ def _check_shapes(population: Population) -> None:
             f"its ys, {shape}; got {got}."
         )
     if got != shape:
+        cure = "Let ys and y0 have the same axes after times and subjects, or pass observe."
+        if got == (*shape, 1):
+            cure = f"Pass ys[{', '.join(':' * (1 + len(shape)))}, None], since y0 is an array."
         raise ValueError(
-            f"{arg('ys')} of a subject must be like its states, {got}; got {shape}. Let ys and y0 "
-            "have the same axes after times and subjects, or pass observe."
+            f"{arg('ys')} of a subject must be like its states, {got}; got {shape}. {cure}"
         )
     if population.noise is None:
         return
@@ -443,11 +445,14 @@ def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
     """The typical parameters, and of those that vary the places and the deviations."""
     start = check_args("start", start)
     if not isinstance(start, dict) or not start:
-        raise TypeError(f"{arg('start')} must be a dictionary of parameters; got {start!r}.")
+        raise TypeError(
+            f"{arg('start')} must be a dictionary of parameters; got {start!r}. Pass first guesses "
+            "by name, such as start={'k': 1.0}."
+        )
     if not isinstance(vary, dict) or not vary or not vary.keys() <= start.keys():
         raise ValueError(
             f"{arg('vary')} must be a dictionary of deviations, by names of start, "
-            f"{list(start)}; got {vary!r}."
+            f"{list(start)}; got {vary!r}. Pass such as vary={{{next(iter(start))!r}: 0.3}}."
         )
     dtype = jnp.result_type(float)
     template = jax.tree.map(lambda leaf: floating(leaf).astype(dtype), start)

@@ -13,6 +13,7 @@ from jaxode._checks.caller import arg
 from jaxode._jax.closure import compiled
 from jaxode.estimation.observations import check_times
 from jaxode.estimation.problem import ObservedODE
+from jaxode.ode.interpolations import check_knots
 
 NORMAL_95 = 1.959964  # deviations: 95% of a normal distribution
 
@@ -40,9 +41,11 @@ def predicted_band(
             f"{jnp.shape(ts)}."
         )
     check_times(exact, times, problem.t0)
+    check_knots("ts", problem.args, (problem.t0, jnp.max(times)))
+    check_knots("ts", problem.row_args, (problem.t0, times[..., -1]))
     flat, _ = ravel_pytree(params)
     mean, slopes = _sensitivities(dataclasses.replace(problem, ts=times), flat)
-    # Those at a bound are NaN there, and stay. Those that are not determined are infinite.
+    # Those that bounds fix are NaN there, and stay. Those that are not determined are infinite.
     lost = jnp.isinf(jnp.diag(covariance))
     known = jnp.where(jnp.isfinite(covariance), covariance, 0.0)
     variance = jnp.einsum("...i,ij,...j->...", slopes, known, slopes)

@@ -1,5 +1,6 @@
 """Profiles of the likelihood: parameters, or functions of them, at fixed values."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -58,13 +59,14 @@ class Profile:
         size: how many values at a time, for which there is a program.
         flat: the estimate.
         covariance: of the estimate, in units of the cost.
-        where: a function of the parameters.
+        where: a function of the parameters, or the name of one.
     """
 
     def __init__(
         self, problem: ObservedODE, box: Box, size: int, flat: Float[Array, " n"],
-        covariance: Float[Array, "n n"], where: Callable[[PyTree], Array],
+        covariance: Float[Array, "n n"], where: str | Callable[[PyTree], Array],
     ):  # fmt: skip
+        where = operator.itemgetter(where) if isinstance(where, str) else where
         self.box, self.size, self.flat = Box(*map(np.asarray, box)), size, np.asarray(flat)
         self.objective = of_observations(problem, jnp.max(problem.ts))
         self.where = lambda flat: jnp.reshape(where(problem.unravel(flat)), ()).astype(flat.dtype)

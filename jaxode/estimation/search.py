@@ -32,6 +32,11 @@ class Box(NamedTuple):
     low: Float[Array | np.ndarray, "*starts n"]
     high: Float[Array | np.ndarray, "*starts n"]
 
+    @property
+    def free(self) -> Bool[np.ndarray, "*starts n"]:
+        """Which parameters are estimated."""
+        return np.asarray(self.low) < np.asarray(self.high)
+
 
 class Fits(NamedTuple):
     """The end of the search from each start."""

@@ -119,7 +119,7 @@ def test_logarithms_are_observed_or_compared():
 def test_a_profile_is_what_a_refit_at_each_value_gives(fitted):
     error = fitted.errors["rate"]
     values = fitted.params["rate"] + error * jnp.array([-1.96, -1.0, 0.0, 1.0, 1.96])
-    ratio, others = fitted.profile(lambda params: params["rate"], values)
+    ratio, others = fitted.profile("rate", values)
     np.testing.assert_allclose(ratio, [3.84, 1.0, 0.0, 1.0, 3.84], atol=0.1)
     best = [np.exp(-np.exp(rate) * TS) for rate in np.asarray(values)]
     sizes = [basis @ YS / (basis @ basis) for basis in map(np.asarray, best)]
@@ -409,6 +409,7 @@ WRONG = {
     "numbers as starts": (
         {"starts": {"rate": 1.0, "size": 1.0}}, r"lambda x: jnp\.asarray\(x\)\[None\], starts\)",
     ),
+    "names as starts": ({"starts": ["rate"]}, r"got the text 'rate'. Pass .* starts=\{'rate': jnp"),
     "noise of three": ({"noise": lambda p, q, r: p["s"]}, r"be a function \(params\), or"),
     "a residual of three": (
         {"residual": lambda p, o, s, t: p - o},
@@ -472,6 +473,14 @@ def test_it_refuses(case):
     with pytest.raises((TypeError, ValueError), match=words) as raised:
         estimated(**options)
     assert str(raised.value).startswith("estimate(")
+
+
+def test_a_series_of_numbers_is_told_its_axis():
+    with pytest.raises(ValueError, match=r"got shape \(30,\)\. Pass ys\[:, None\], since y0 is an"):
+        jaxode.estimate(DECAY, start, TS, YS, STARTS)
+    rows = np.stack([TS, TS])
+    with pytest.raises(ValueError, match=r"Pass ys\[:, :, None\], since y0"):
+        jaxode.estimate(DECAY, np.ones((2, 1)), rows, rows, FEW)
 
 
 def test_a_start_takes_the_parameters():
@@ -571,7 +580,7 @@ def test_a_profile_holds_a_function_of_parameters(fitted):
 def test_a_profile_needs_a_number_that_moves(fitted):
     with pytest.raises(ValueError, match="finite slope at the estimate that is not zero"):
         fitted.profile(lambda params: 0.0 * params["rate"], jnp.ones(1))
-    for where in (lambda params: params["k"], lambda params: jnp.ones(2) * params["rate"]):
+    for where in ("k", lambda params: params["k"], lambda params: jnp.ones(2) * params["rate"]):
         with pytest.raises(TypeError, match="must return one number"):
             fitted.profile(where, jnp.ones(1))
 

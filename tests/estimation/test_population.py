@@ -298,11 +298,15 @@ def halve(t, y, params, i):
 WRONG = {
     "a name that is not given": ({"vary": {"k": 1.0}}, r"vary=.*by names of start, \['level'"),
     "no deviation": ({"vary": {"level": 0.0}}, r"vary=.*positive deviations; got 0.0 for 'level'"),
+    "a list of names": ({"vary": ["level"]}, r"vary=.* Pass such as vary=\{'level': 0.3\}"),
     "no dictionary": ({"start": jnp.ones(2)}, r"start=.*must be a dictionary"),
     "one subject": ({"ys": LINES[0]}, r"ys=.*\[subjects, times, ...\]"),
     "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
     "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
-    "states with one axis more": ({"ys": LINES}, r"ys=.*like its states, \(6, 1\); got \(6,\)"),
+    "states with one axis more": (
+        {"ys": LINES},
+        r"like its states, .*\(6,\)\. Pass ys\[:, :, None\]",
+    ),
     "a prediction with one axis less": (
         {"observe": lambda t, y, params: y[0]},
         r"observe=.*must return one observation.* its ys, \(6, 1\); got \(6,\)",

@@ -1,5 +1,10 @@
 """What is said of the end of a search: from ends as a search may leave them, without one."""
 
+import dataclasses
+import warnings
+
+import diffrax
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,6 +88,64 @@ def test_a_parameter_at_a_bound_has_no_error_and_the_others_have_theirs(side):
         found, slopes = described(starts=starts, bounds=bounds, noise=NOISE)
     assert np.isnan(found.errors["rate"])
     np.testing.assert_allclose(found.errors["size"], np.sum(slopes[:, 1] ** 2) ** -0.5, rtol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [None, NOISE])
+def test_a_parameter_that_equal_bounds_fix_does_not_count(noise):
+    bounds = tuple({"rate": BEST[0], "size": size} for size in (-np.inf, np.inf))
+    starts = {"rate": np.full(2, BEST[0]), "size": np.ones(2)}
+    options = {} if noise is None else {"noise": noise}
+    found, slopes = described(starts=starts, bounds=bounds, **options)  # without a warning
+    residuals, count = YS - BEST[1] * np.exp(-np.exp(BEST[0]) * TS), 1
+    if noise is None:
+        expected, count = np.sqrt(np.sum(residuals**2) / 29), 2
+        noise = np.sqrt(np.mean(residuals**2))
+        np.testing.assert_allclose(found.noise, expected, rtol=1e-9)
+        slopes = slopes * float(found._problem.noise) / expected
+    nll = -stats.norm.logpdf(residuals, 0.0, noise).sum()
+    np.testing.assert_allclose(found.aic, 2 * nll + 2 * count, rtol=1e-9)
+    np.testing.assert_allclose(found.bic, 2 * nll + count * np.log(30), rtol=1e-9)
+    assert np.isnan(found.errors["rate"])
+    np.testing.assert_allclose(found.errors["size"], np.sum(slopes[:, 1] ** 2) ** -0.5, rtol=1e-9)
+
+
+def test_observations_need_not_exceed_parameters_that_are_fixed():
+    few = {"ys": np.where(TS > 0.25, np.nan, YS)[:, None], "f": DECAY, "ts": TS}
+    starts = {"rate": np.zeros(1), "size": np.ones(1)}
+    given = {"y0": lambda params: params["size"][None], "starts": starts, **few}
+    with pytest.raises(ValueError, match="more than the 2 parameters"):
+        posed_problem(**given)
+    bounds = tuple({"rate": 0.0, "size": size} for size in (-np.inf, np.inf))
+    assert posed_problem(**given, bounds=bounds)[0].estimated
+
+
+@pytest.mark.parametrize("high", [BEST[0], 1.0])
+def test_a_band_counts_a_parameter_at_a_bound_and_none_that_is_fixed(high):
+    bounds = {"rate": BEST[0], "size": -np.inf}, {"rate": high, "size": np.inf}
+    starts = {"rate": np.full(2, BEST[0]), "size": np.ones(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, slopes = described(starts=starts, bounds=bounds, noise=NOISE)
+    band, of = found.predict(TS), slice(1, 2) if high == BEST[0] else slice(0, 2)
+    along = NOISE * slopes[:, of]
+    covariance = np.linalg.inv(slopes[:, of].T @ slopes[:, of])
+    apart = 1.959964 * np.sqrt(np.einsum("ti,ij,tj->t", along, covariance, along))
+    np.testing.assert_allclose((band.high - band.mean)[:, 0], apart, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_prediction_beyond_the_knots_of_an_input_is_refused(rows):
+    found, _ = described(noise=NOISE)
+    knots = jnp.array([[0.0, 4.0]] * 3) if rows else jnp.array([0.0, 4.0])
+    make = diffrax.LinearInterpolation
+    inputs = jax.vmap(make)(knots, knots) if rows else make(knots, knots)
+    problem = dataclasses.replace(
+        found._problem, args=None if rows else inputs, row_args=inputs if rows else None,
+        ts=jnp.tile(TS, (3, 1)) if rows else jnp.asarray(TS),
+    )  # fmt: skip
+    words = r"predict\(ts=\.\.\.\): an interpolation must cover the span of the solve, from 0 to 5"
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(found, _problem=problem).predict(np.array([1.0, 5.0]))
 
 
 @pytest.mark.parametrize(

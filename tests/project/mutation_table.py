@@ -107,7 +107,10 @@ FIRST = {
         "tests/estimation/test_estimate.py",
     ),
     "estimation/population": ("tests/estimation/test_population.py",),
-    "estimation/prediction": ("tests/estimation/test_estimate.py",),
+    "estimation/prediction": (
+        "tests/estimation/test_reports.py",
+        "tests/estimation/test_estimate.py",
+    ),
     "estimation/problem": ("tests/estimation/test_objectives.py",),
     "estimation/profiles": ("tests/estimation/test_estimate.py",),
     "estimation/search": ("tests/estimation/test_search.py",),
@@ -517,6 +520,16 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/display.py", "DIGITS = 5", "DIGITS = 2"),
     # Criteria do not count the noise that the residuals say.
     ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
+    # A parameter that equal bounds fix counts as one.
+    ("estimation/estimate.py", "count = int(box.free.sum())", "count = len(flat)"),
+    ("estimation/observations.py", "int(box.free.sum()))", "flats.shape[1])"),
+    # A band as if parameters at a bound were known.
+    ("estimation/estimate.py", "self.params, self._unbounded", "self.params, self.covariance"),
+    # Predictions extrapolate inputs.
+    ("estimation/prediction.py", 'check_knots("ts", problem.args, (problem.t0, jnp.max(times)))',
+     "pass"),
+    ("estimation/prediction.py",
+     'check_knots("ts", problem.row_args, (problem.t0, times[..., -1]))', "pass"),
     # A parameter at its upper bound has an error as if it were free.
     ("estimation/estimate.py", " | (flat >= np.asarray(box.high))", ""),
     # Ends that are far less likely are told as likely.
