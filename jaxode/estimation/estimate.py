@@ -36,6 +36,7 @@ from jaxode.estimation.uncertainty import (
     SAME_SQUARE,
     chi_square,
     cure,
+    gain_left,
     has_known_variance,
     has_noise,
     is_unlikely,
@@ -79,7 +80,7 @@ class Estimate(eqx.Module):
     costs: Float[Array, " starts"]
     """`cost` where each start ended; infinite where it could not be solved."""
     converged: Bool[Array, ""]
-    """Whether the search ended at its tolerance."""
+    """Whether the search ended at its tolerance, or with less than 0.01 nats to gain."""
     _unbounded: Float[Array, "n n"]
     """The covariance as if no parameter had come to a bound."""
     _problem: ObservedODE
@@ -300,11 +301,13 @@ def _described(
         noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
     elif has_noise(problem):
         noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
-    converged = bool(ends.converged[best])
-    if converged:
-        _warn_of_large_residuals(problem, square, free)
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
     information, tiny = ends.information[best], NULL_SINGULAR_VALUE[dtype]
+    # Where a direction is flat, a search goes on along it though nothing is left to gain.
+    left = gain_left(information, ends.gradients[best], tiny, ~stopped)
+    converged = bool(ends.converged[best]) or left < SAME_NATS * scale
+    if converged:
+        _warn_of_large_residuals(problem, square, free)
     covariance, errors = uncertainty(information, scale, tiny, ~stopped)
     unbounded, _ = uncertainty(information, scale, tiny, box.free)
     warn_of_parameters(problem, flat, errors, stopped & box.free)

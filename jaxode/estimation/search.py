@@ -47,6 +47,8 @@ class Fits(NamedTuple):
     residuals: Float[np.ndarray, "starts m"]
     information: Float[np.ndarray, "starts k n"]
     """A root of the Fisher information."""
+    gradients: Float[np.ndarray, "starts n"]
+    """Of the cost."""
 
 
 class _Point(NamedTuple):
@@ -236,7 +238,8 @@ def _fit(objective: Objective, row: _Row) -> tuple[Array, ...]:
     found = objective.local(flat, row.start, quantities, jacobian)
     cost = jnp.where(jnp.isfinite(found.cost), found.cost, jnp.inf)
     information = objective.information(flat, row.start, quantities, jacobian)
-    return flat, cost, row.converged, found.residuals, information
+    gradient = found.residuals @ found.jacobian
+    return flat, cost, row.converged, found.residuals, information, gradient
 
 
 def _ends(row: _Row, cost: Array, accept: Array) -> tuple[Bool[Array, ""], Bool[Array, ""]]:

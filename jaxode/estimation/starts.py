@@ -55,6 +55,8 @@ class Ends(NamedTuple):
     residuals: Float[np.ndarray, "runs m"]
     information: Float[np.ndarray, "runs k n"]
     """A root of the Fisher information."""
+    gradients: Float[np.ndarray, "runs n"]
+    """Of the cost."""
 
 
 def with_matched(

@@ -75,20 +75,35 @@ def uncertainty(jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarra
     """The covariance and the standard errors of the parameters, infinite for those without effect.
     Singular values up to this `tiny` part of the largest count as zero. They are NaN for those that
     are not free, and those of the others have these fixed."""
-    jacobian = np.where(free, np.nan_to_num(jacobian), 0.0)
-    # At least as many rows as parameters, so that every direction has a vector.
-    jacobian = np.pad(jacobian, ((0, jacobian.shape[1]), (0, 0)))
-    sizes = np.linalg.norm(jacobian, axis=0)
-    units = np.where(sizes > 0, sizes, 1.0)
-    _, values, vectors = np.linalg.svd(jacobian / units, full_matrices=False)
+    units, values, vectors = _directions(jacobian, free)
     none = values <= max(values[0], 1e-30) * tiny
-    lost = (sizes == 0) | (np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0)
+    lost = (np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0)
     inverse = vectors[~none].T / values[~none] ** 2 @ vectors[~none]
     covariance = scale * inverse / units / units[:, None]
     unknown = np.where(np.eye(len(units)) > 0, np.inf, 0.0)
     covariance = np.where(lost | lost[:, None], unknown, covariance)
     covariance = np.where(free & free[:, None], covariance, np.nan)
     return covariance, np.sqrt(np.diag(covariance))
+
+
+def gain_left(jacobian: np.ndarray, gradient: np.ndarray, tiny: float, free: np.ndarray) -> float:
+    """How much lower the cost may be, by the Fisher information: half of Newton's decrement, in
+    directions that change a residual."""
+    units, values, vectors = _directions(jacobian, free)
+    known = values > max(values[0], 1e-30) * tiny
+    along = vectors[known] @ (np.where(free, gradient, 0.0) / units) / values[known]
+    return 0.5 * float(np.sum(along**2))
+
+
+def _directions(jacobian: np.ndarray, free: np.ndarray):
+    """The units of the parameters, and the singular values and vectors of the Jacobian in them."""
+    jacobian = np.where(free, np.nan_to_num(jacobian), 0.0)
+    # At least as many rows as parameters, so that every direction has a vector.
+    jacobian = np.pad(jacobian, ((0, jacobian.shape[1]), (0, 0)))
+    sizes = np.linalg.norm(jacobian, axis=0)
+    units = np.where(sizes > 0, sizes, 1.0)
+    _, values, vectors = np.linalg.svd(jacobian / units, full_matrices=False)
+    return units, values, vectors
 
 
 def warn_of_parameters(

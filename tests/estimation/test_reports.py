@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_forms import DECAY, posed_problem
-from scipy import stats
+from scipy import optimize, stats
 
 from jaxode.estimation.bounds import names
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.estimate import _described
 from jaxode.estimation.starts import Ends, Runs
-from jaxode.estimation.uncertainty import uncertainty
+from jaxode.estimation.uncertainty import gain_left, uncertainty
 
 TS = np.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -26,14 +26,15 @@ STARTS = {"rate": np.array([0.0, 1.0]), "size": np.ones(2)}
 
 
 def described(
-    flats=(BEST, BEST), costs=(0.0, 0.0), converged=True, budget=None, starts=STARTS, **options
-):
-    """What `estimate` makes of ends at `flats`, with costs above those of the known noise."""
+    flats=(BEST, BEST), costs=(0.0, 0.0), converged=True, budget=None, starts=STARTS, at=BEST,
+    **options,
+):  # fmt: skip
+    """What `estimate` makes of ends at `flats`, with costs above those of the known noise `at`."""
     problem, _, box = posed_problem(
         DECAY, lambda params: params["size"][None], TS, YS[:, None], starts, **options
     )
     unit = NOISE if "noise" in options else float(problem.noise)
-    rate, size = BEST
+    rate, size = at
     shape = np.exp(-np.exp(rate) * TS)
     residuals = (size * shape - YS) / unit
     slopes = np.stack([-size * np.exp(rate) * TS * shape, shape], 1) / unit
@@ -41,6 +42,7 @@ def described(
     ends = Ends(
         runs, 0.5 * np.sum(residuals**2) + costs, np.full(2, converged),
         np.tile(residuals, (2, 1)), np.tile(slopes, (2, 1, 1)),
+        np.tile(residuals @ slopes, (2, 1)),
     )  # fmt: skip
     return _described(problem, ends, box, 2, budget or Budget(None, None, False)), slopes
 
@@ -160,6 +162,33 @@ def test_it_says_why_a_search_has_not_converged(budget, words):
         found, _ = described(converged=False, budget=budget, noise=NOISE)
     assert not found.converged
     assert str(found).startswith("Estimate: not converged, cost ")
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise": NOISE}])
+def test_a_search_that_ends_at_the_optimum_has_converged_however_it_ended(noise):
+    model = lambda t, rate, size: size * np.exp(-np.exp(rate) * t)
+    at, covariance = optimize.curve_fit(model, TS, YS, BEST, ftol=1e-12, xtol=1e-12)
+    found, _ = described(flats=(at, at), at=at, converged=False, **noise)  # without a warning
+    assert found.converged
+    off = at + 0.3 * np.sqrt(np.diag(covariance)) * [1, 0]
+    with pytest.warns(UserWarning, match="did not converge"):
+        found, _ = described(flats=(off, off), at=off, converged=False, **noise)
+    assert not found.converged
+
+
+def test_what_is_left_to_gain_is_in_directions_that_change_a_residual():
+    rows = np.array([[1.0, 2.0, 0.5], [0.5, -1.0, 3.0], [2.0, 0.3, 1.0], [1.0, 1.0, 1.0]])
+    residuals = np.array([0.3, -0.2, 0.5, 1.0])
+    rows = np.concatenate([rows, 1e6 * rows[:, :1] + 1e6 * rows[:, 1:2]], axis=1)  # a flat one
+    basis = np.linalg.qr(rows[:, :3])[0]
+    expected = 0.5 * np.sum((residuals @ basis) ** 2)
+    free = np.array([True, True, True, True])
+    gain = gain_left(rows, residuals @ rows + [0.0, 0.0, 0.0, 1e-9], 1e-7, free)
+    np.testing.assert_allclose(gain, expected, rtol=1e-9)
+    # A parameter at a bound stays.
+    basis = np.linalg.qr(rows[:, [0, 2]])[0]
+    held = gain_left(rows, residuals @ rows, 1e-7, np.array([True, False, True, False]))
+    np.testing.assert_allclose(held, 0.5 * np.sum((residuals @ basis) ** 2), rtol=1e-9)
 
 
 def test_a_search_that_was_stopped_says_so():

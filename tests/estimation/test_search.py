@@ -164,7 +164,7 @@ def test_runs_that_end_alike_go_on_as_one_and_each_start_finds_its_own():
     more = kept.with_ways(np.array([[7.0], [8.0], [9.0]]), np.array([True, False, True]))
     np.testing.assert_array_equal(more.flats, [[3.0], [1.0], [7.0], [9.0]])
     np.testing.assert_array_equal(more.of_start[:, 2], [2, -1, 3])
-    none = np.zeros(4, bool), np.zeros((4, 1)), np.zeros((4, 1, 1))
+    none = np.zeros(4, bool), np.zeros((4, 1)), np.zeros((4, 1, 1)), np.zeros((4, 1))
     found, of_each = ends_of_starts(Ends(more, np.array([4.0, 2.0, 3.0, np.inf]), *none))
     np.testing.assert_array_equal(found, [[1.0], [1.0], [3.0]])
     np.testing.assert_array_equal(of_each, [2.0, 2.0, 4.0])
@@ -219,7 +219,7 @@ def test_a_start_that_can_be_evaluated_is_never_lost(lost_from, matched, monkeyp
         costs = np.where((here == 100.0) & (objective.end >= lost_from), np.inf, costs)
         ends = flats if objective.end == TIMES[-1] or not steps else np.full_like(flats, 100.0)
         lost = np.zeros((len(flats), 1))
-        return Fits(ends, costs, np.isfinite(costs), lost, lost[..., None])
+        return Fits(ends, costs, np.isfinite(costs), lost, lost[..., None], lost)
 
     monkeypatch.setattr(starts_of, "minimize", fake)
     monkeypatch.setattr(starts_of, "of_observations", Numbered)

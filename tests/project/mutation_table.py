@@ -520,6 +520,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/display.py", "DIGITS = 5", "DIGITS = 2"),
     # Criteria do not count the noise that the residuals say.
     ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
+    # A search has converged wherever it ends.
+    ("estimation/estimate.py", "or left < SAME_NATS * scale", "or left < np.inf"),
+    # What is left to gain is in directions of rounding, too.
+    ("estimation/uncertainty.py", "known = values > max(values[0], 1e-30) * tiny",
+     "known = values > 0"),
     # A parameter that equal bounds fix counts as one.
     ("estimation/estimate.py", "count = int(box.free.sum())", "count = len(flat)"),
     ("estimation/observations.py", "int(box.free.sum()))", "flats.shape[1])"),
