@@ -40,6 +40,7 @@ from jaxode.estimation.uncertainty import (
     has_known_variance,
     has_noise,
     is_unlikely,
+    is_vague,
     nll_of,
     uncertainty,
     warn_of_modes,
@@ -80,7 +81,8 @@ class Estimate(eqx.Module):
     costs: Float[Array, " starts"]
     """`cost` where each start ended; infinite where it could not be solved."""
     converged: Bool[Array, ""]
-    """Whether the search ended at its tolerance, or with less than 0.01 nats to gain."""
+    """Whether the search ended at its tolerance or, if the observations do not determine all
+    parameters, with less than 0.01 nats to gain."""
     _unbounded: Float[Array, "n n"]
     """The covariance as if no parameter had come to a bound."""
     _problem: ObservedODE
@@ -303,13 +305,15 @@ def _described(
         noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
     information, tiny = ends.information[best], NULL_SINGULAR_VALUE[dtype]
-    # Where a direction is flat, a search goes on along it though nothing is left to gain.
-    left = gain_left(information, ends.gradients[best], tiny, ~stopped)
-    converged = bool(ends.converged[best]) or left < SAME_NATS * scale
-    if converged:
-        _warn_of_large_residuals(problem, square, free)
     covariance, errors = uncertainty(information, scale, tiny, ~stopped)
     unbounded, _ = uncertainty(information, scale, tiny, box.free)
+    converged = bool(ends.converged[best])
+    if not converged and is_vague(flat, errors).any():
+        # Along parameters that are not determined, steps never become small.
+        left = gain_left(information, ends.gradients[best], tiny, ~stopped)
+        converged = left < SAME_NATS * scale
+    if converged:
+        _warn_of_large_residuals(problem, square, free)
     warn_of_parameters(problem, flat, errors, stopped & box.free)
     starts, costs = ends_of_starts(ends)
     alike = costs - cost <= SAME_NATS * scale + SAME_SQUARE * used

@@ -86,6 +86,11 @@ def uncertainty(jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarra
     return covariance, np.sqrt(np.diag(covariance))
 
 
+def is_vague(flat: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Which parameters the observations do not determine."""
+    return errors > VAGUE_ERROR * (1 + np.abs(flat))
+
+
 def gain_left(jacobian: np.ndarray, gradient: np.ndarray, tiny: float, free: np.ndarray) -> float:
     """How much lower the cost may be, by the Fisher information: half of Newton's decrement, in
     directions that change a residual."""
@@ -95,7 +100,9 @@ def gain_left(jacobian: np.ndarray, gradient: np.ndarray, tiny: float, free: np.
     return 0.5 * float(np.sum(along**2))
 
 
-def _directions(jacobian: np.ndarray, free: np.ndarray):
+def _directions(
+    jacobian: np.ndarray, free: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The units of the parameters, and the singular values and vectors of the Jacobian in them."""
     jacobian = np.where(free, np.nan_to_num(jacobian), 0.0)
     # At least as many rows as parameters, so that every direction has a vector.
@@ -117,7 +124,7 @@ def warn_of_parameters(
             "those of the others, with these fixed.",
             stacklevel=5,
         )
-    vague = errors > VAGUE_ERROR * (1 + np.abs(flat))
+    vague = is_vague(flat, errors)
     if vague.any():
         warnings.warn(
             f"estimate: the observations do not determine {', '.join(called[vague])}: their "
@@ -132,7 +139,7 @@ def warn_of_modes(
 ) -> None:
     """Warn of ends that are as likely, but whose parameters differ by more than chance. Those that
     the observations do not determine may differ."""
-    clear = errors <= VAGUE_ERROR * (1 + np.abs(flat))
+    clear = ~(is_vague(flat, errors) | np.isnan(errors))
     least = np.maximum(errors, SAME_PARAMETER * np.abs(flat) + SAME_PARAMETER**2)
     differ = clear & (np.abs(others - flat) > least)
     if differ.any():

@@ -521,7 +521,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Criteria do not count the noise that the residuals say.
     ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
     # A search has converged wherever it ends.
-    ("estimation/estimate.py", "or left < SAME_NATS * scale", "or left < np.inf"),
+    ("estimation/estimate.py", "left < SAME_NATS * scale", "left < np.inf"),
+    ("estimation/estimate.py", "if not converged and is_vague", "if False and is_vague"),
     # What is left to gain is in directions of rounding, too.
     ("estimation/uncertainty.py", "known = values > max(values[0], 1e-30) * tiny",
      "known = values > 0"),
