@@ -77,7 +77,7 @@ def uncertainty(jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarra
     are not free, and those of the others have these fixed."""
     units, values, vectors = _directions(jacobian, free)
     none = values <= max(values[0], 1e-30) * tiny
-    lost = (np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0)
+    lost = np.asarray((np.abs(vectors[none]) > NULL_COMPONENT).any(axis=0))
     inverse = vectors[~none].T / values[~none] ** 2 @ vectors[~none]
     covariance = scale * inverse / units / units[:, None]
     unknown = np.where(np.eye(len(units)) > 0, np.inf, 0.0)

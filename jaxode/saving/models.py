@@ -1,6 +1,7 @@
 """`jaxode.save` and `jaxode.load`: a model as one file that outlives a release."""
 
 import os
+import sys
 from typing import Any
 
 from jaxode._checks.arguments import check_not_traced
@@ -30,12 +31,10 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
         ValueError: if it is traced.
         OSError: if the file cannot be written.
     """
-    from jaxode import __version__
-
     check_not_traced("writes a file", model)
     writer = Writer()
     description = writer.describe(model)
-    write(path, Contents(description, writer.arrays), __version__)
+    write(path, Contents(description, writer.arrays), sys.modules["jaxode"].__version__)
 
 
 @public("load")

@@ -5,13 +5,13 @@ file, so that reading one runs no code of its choice.
 """
 
 import functools
+import importlib
 import pkgutil
 from typing import Any
 
 import diffrax
 import jax
 import jax.numpy as jnp
-import optax
 
 CLASSES = {
     # densities
@@ -104,36 +104,37 @@ FUNCTIONS = {
 }
 # Functions of these modules have no effects: a file may name any of them.
 MODULES = {"jax.nn": jax.nn, "jax.numpy": jnp}
+# Libraries whose states and solvers a file may name.
+LIBRARIES = ("optax", "diffrax")
 
 
 def name_of_class(cls: type) -> str | None:
     """The name of a class in files, or None if it is the user's."""
     if (name := _names().get(f"{cls.__module__}:{cls.__qualname__}")) is not None:
         return name
-    for library in (optax, diffrax):
-        if _is_of(library, cls) and getattr(library, cls.__name__, None) is cls:
-            return f"{library.__name__}.{cls.__name__}"
-    return None
+    library = cls.__module__.partition(".")[0]
+    name = f"{library}.{cls.__name__}"
+    return name if class_of_name(name) is cls else None
 
 
 def class_of_name(name: str) -> type | None:
     """The inverse of `name_of_class`, or None if there is no such class."""
     if name in CLASSES:
         return pkgutil.resolve_name(CLASSES[name])
-    for library in (optax, diffrax):
-        cls = getattr(library, name.removeprefix(f"{library.__name__}."), None)
-        if name.startswith(f"{library.__name__}.") and _is_of(library, cls):
-            return cls
-    return None
+    library, _, short = name.partition(".")
+    if library not in LIBRARIES:
+        return None
+    cls = getattr(importlib.import_module(library), short, None)
+    return cls if _is_state_or_solver(cls) else None
 
 
-def _is_of(library: Any, cls: Any) -> bool:
-    """Whether a class is a state of Optax or a solver of Diffrax."""
+def _is_state_or_solver(cls: Any) -> bool:
+    """Whether it is a class of named tuples, as states of Optax are, or of solvers of Diffrax."""
     if not isinstance(cls, type):
         return False
-    if library is optax:
-        return issubclass(cls, tuple) and hasattr(cls, "_fields")
-    return issubclass(cls, diffrax.AbstractSolver)
+    return issubclass(cls, diffrax.AbstractSolver) or (
+        issubclass(cls, tuple) and hasattr(cls, "_fields")
+    )
 
 
 def name_of_function(function: Any) -> str | None:

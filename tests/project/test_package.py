@@ -61,6 +61,7 @@ FLOORS = (
     r"training\.",
     r"(auditing\.|estimation\.|interop($|\.)|plot$|sklearn$"
     r"|(calibration|petab|series|tabular)($|\.))",
+    r"saving\.",
     r"__init__$",
 )
 # What users enter by, and which other doors each may use. The engine imports none of them.
