@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,9 +101,7 @@ def gain_left(jacobian: np.ndarray, gradient: np.ndarray, tiny: float, free: np.
     return 0.5 * float(np.sum(along**2))
 
 
-def _directions(
-    jacobian: np.ndarray, free: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _directions(jacobian: np.ndarray, free: np.ndarray) -> tuple[np.ndarray, Any, np.ndarray]:
     """The units of the parameters, and the singular values and vectors of the Jacobian in them."""
     jacobian = np.where(free, np.nan_to_num(jacobian), 0.0)
     # At least as many rows as parameters, so that every direction has a vector.

@@ -184,3 +184,13 @@ def test_slopes_of_what_is_missing_do_not_count():
     scale = jnp.asarray(np.where(SEEN[:, None], 2.0, np.inf) * np.ones(2))
     off = OfSlopes(problem, values, values, scale).quantities(jnp.array([3.0, 0.0]), flats[0])
     np.testing.assert_allclose(off.reshape(8, 2)[:, 0], np.where(SEEN, 1.5 * TS, 0.0))
+
+
+def test_observations_need_not_exceed_parameters_that_are_fixed():
+    few = {"ys": np.where(TS > 1.25, np.nan, YS)[:, None], "f": DECAY, "ts": TS}
+    starts = {"rate": np.zeros(1), "size": np.ones(1)}
+    given = {"y0": begin, "starts": starts, **few}
+    with pytest.raises(ValueError, match="more than the 2 parameters"):
+        posed_problem(**given)
+    bounds = tuple({"rate": 0.0, "size": size} for size in (-np.inf, np.inf))
+    assert posed_problem(**given, bounds=bounds)[0].estimated

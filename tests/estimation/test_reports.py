@@ -112,16 +112,6 @@ def test_a_parameter_that_equal_bounds_fix_does_not_count(noise):
     np.testing.assert_allclose(found.errors["size"], np.sum(slopes[:, 1] ** 2) ** -0.5, rtol=1e-9)
 
 
-def test_observations_need_not_exceed_parameters_that_are_fixed():
-    few = {"ys": np.where(TS > 0.25, np.nan, YS)[:, None], "f": DECAY, "ts": TS}
-    starts = {"rate": np.zeros(1), "size": np.ones(1)}
-    given = {"y0": lambda params: params["size"][None], "starts": starts, **few}
-    with pytest.raises(ValueError, match="more than the 2 parameters"):
-        posed_problem(**given)
-    bounds = tuple({"rate": 0.0, "size": size} for size in (-np.inf, np.inf))
-    assert posed_problem(**given, bounds=bounds)[0].estimated
-
-
 @pytest.mark.parametrize("high", [BEST[0], 1.0])
 def test_a_band_counts_a_parameter_at_a_bound_and_none_that_is_fixed(high):
     bounds = {"rate": BEST[0], "size": -np.inf}, {"rate": high, "size": np.inf}
