@@ -334,10 +334,6 @@ WRONG = {
         {"jumps": jaxode.Jumps(jnp.ones((10, 1)).at[3].set(-1.0), halve)},
         r"jumps=.*in order from t0, 0; got \[-1.0\] for subject 3",
     ),
-    "a dose at no time": (
-        {"jumps": jaxode.Jumps(jnp.array([1.0, jnp.nan]), halve)},
-        r"jumps=.*in order from t0, 0; got \[1.0, nan\] for subject 0",
-    ),
 }
 
 
