@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.experimental
+from jax._src.lax.lax import _convert_element_type
 from jax.extend import linear_util
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jaxtyping import Array
 
 
 def at_precision(precision: str | None):
@@ -93,3 +95,9 @@ def concrete_double_precision() -> Iterator[None]:
 def single_precision() -> Any:
     """Compute with float32 and int32, whatever `jax_enable_x64` says."""
     return jax.enable_x64(False)
+
+
+def weakly_typed(x: Array) -> Array:
+    """The array with a weak type, as those that JAX makes of Python's numbers have."""
+    converted: Any = _convert_element_type(x, x.dtype, weak_type=True)
+    return converted

@@ -8,10 +8,10 @@ import contextlib
 import io
 import json
 import os
-import tempfile
+import secrets
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,32 +23,39 @@ DESCRIPTION = "model.json"
 NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model gives the same file
 
 
+class UnreadableError(Exception):
+    """What is wrong with a file: the end of a sentence that begins with its path."""
+
+
 class Contents(NamedTuple):
     """What a file holds."""
 
     model: Any
-    """The description of the model, for `reader.build`."""
+    """The description of the model, for `Reader.build`."""
     arrays: list[np.ndarray]
 
 
 def write(path: str | os.PathLike[str], contents: Contents, version: str) -> None:
     """Write a file, or leave the old one as it was. `version` is that of jaxode."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{arg('path')} must be in a folder that exists; got {path}. Make the folder."
+        )
     header = {"format": FORMAT, "version": VERSION, "jaxode": version, "model": contents.model}
     text = json.dumps(header, allow_nan=False, ensure_ascii=False, indent=1)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        with unfinished.open("xb") as file, zipfile.ZipFile(file, "w") as archive:
             _add(archive, DESCRIPTION, text.encode(), zipfile.ZIP_DEFLATED)
             for i, array in enumerate(contents.arrays):
                 data = io.BytesIO()
                 np.lib.format.write_array(data, array, allow_pickle=False)
                 _add(archive, f"{i}.npy", data.getvalue(), zipfile.ZIP_STORED)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        unfinished.replace(path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+            unfinished.unlink()
         raise
 
 
@@ -58,62 +65,43 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes, compression: int) -> 
     archive.writestr(entry, data)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def read(path: str | os.PathLike[str]) -> Contents:
+def read(file: BinaryIO) -> Contents:
     """Read a file.
 
     Raises:
-        ValueError: if it is not a whole file of this format.
+        UnreadableError: if it is no archive of this format, or of a later version.
+        Exception: any other, if it is damaged.
     """
+    start = file.read(4)
+    if not start.startswith(b"PK"):
+        raise UnreadableError(f"was not written by jaxode.save: it starts with {start}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if DESCRIPTION not in names:
-                raise _damaged(path, f"an archive without {DESCRIPTION}")
-            header = json.loads(archive.read(DESCRIPTION))
-            _check_header(path, header)
-            count = sum(name.endswith(".npy") for name in names)
-            arrays = [_array(archive.read(f"{i}.npy")) for i in range(count)]
+        archive = zipfile.ZipFile(file)
     except zipfile.BadZipFile as error:
-        with open(path, "rb") as file:
-            start = file.read(4)
-        what = "a part of a file" if start.startswith(b"PK") else f"a file that starts with {start}"
-        raise _damaged(path, f"{what} ({error})") from None
-    except (KeyError, EOFError, NotImplementedError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"a damaged file ({error})") from None
-    except json.JSONDecodeError as error:
-        raise _damaged(path, f"a description that is not JSON ({error})") from None
+        raise UnreadableError(f"is a part of a file: {error}. Save the model again") from None
+    with archive:
+        names = archive.namelist()
+        if DESCRIPTION not in names:
+            raise UnreadableError(f"was not written by jaxode.save: it has no {DESCRIPTION}")
+        header = json.loads(archive.read(DESCRIPTION))
+        _check_header(header)
+        count = sum(name.endswith(".npy") for name in names)
+        arrays = [_array(archive.read(f"{i}.npy")) for i in range(count)]
     return Contents(header["model"], arrays)
 
 
 def _array(data: bytes) -> np.ndarray:
-    try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise EOFError(str(error)) from None
+    return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
-def _check_header(path: Any, header: Any) -> None:
+def _check_header(header: Any) -> None:
     if not isinstance(header, dict) or header.get("format") != FORMAT or "model" not in header:
-        raise _damaged(path, f"an archive with another {DESCRIPTION}")
+        raise UnreadableError(f"was not written by jaxode.save: it has another {DESCRIPTION}")
     version = header.get("version")
-    if not isinstance(version, int):
-        raise _damaged(path, f"the version {version!r}")
+    if type(version) is not int or version < 1:
+        raise UnreadableError(f"is damaged: it has the version {version!r}. Save the model again")
     if version > VERSION:
-        raise ValueError(
-            f"{arg('path')} {os.fspath(path)} was written by jaxode {header.get('jaxode')} in "
-            f"version {version} of its files; this one reads versions up to {VERSION}. Update "
-            "jaxode."
+        raise UnreadableError(
+            f"was written by jaxode {header.get('jaxode')} in version {version} of its files; this "
+            f"one reads versions up to {VERSION}. Update jaxode"
         )
-
-
-def _damaged(path: Any, what: str) -> ValueError:
-    return ValueError(
-        f"{arg('path')} must be a file that jaxode.save wrote; got {what}, {os.fspath(path)}. "
-        "Save the model again."
-    )

@@ -4,10 +4,9 @@ import os
 import sys
 from typing import Any
 
-from jaxode._checks.arguments import check_not_traced
 from jaxode._checks.caller import arg, public
-from jaxode.saving.container import Contents, read, write
-from jaxode.saving.reader import ABSENT, Reader, UnreadableError, missing_names
+from jaxode.saving.container import Contents, UnreadableError, read, write
+from jaxode.saving.reader import ABSENT, Reader, missing_names
 from jaxode.saving.registry import class_of_name
 from jaxode.saving.writer import Writer
 
@@ -22,18 +21,22 @@ def save(path: str | os.PathLike[str], model: Any) -> None:
     Args:
         path: the file.
         model: a `Density`, a `Table`, a `Series`, an `Estimate`, a `PopulationEstimate`, a network
-            of `jaxode.nn`; or a tuple, list or dictionary of them, of arrays, numbers and text,
-            such as `(params, optimizer_state, key)`. Functions and networks of your own are left
-            out, with their arrays kept: `load(like=...)` takes them.
+            of `jaxode.nn`; or a tuple, list or plain dictionary of them, of arrays, numbers and
+            text, such as `(params, optimizer_state, key)`. Functions and networks of your own are
+            left out, with their arrays kept: `load(like=...)` takes them.
 
     Raises:
         TypeError: if the model holds what no file can: arrays of Python objects, open files, ...
         ValueError: if it is traced.
         OSError: if the file cannot be written.
     """
-    check_not_traced("writes a file", model)
     writer = Writer()
-    description = writer.describe(model)
+    try:
+        description = writer.describe(model)
+    except RecursionError:
+        raise ValueError(
+            f"{arg('model')} must not hold itself; got one that is too deep. Save its parts."
+        ) from None
     write(path, Contents(description, writer.arrays), sys.modules["jaxode"].__version__)
 
 
@@ -55,46 +58,51 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
         ValueError: if it is not a whole file of `jaxode.save`, if it is of a later version, if it
             needs `like`, or another one, and if it holds numbers of 64 bits but JAX has not.
     """
-    contents = read(path)
-    names = missing_names(contents.model)
-    by_name, template = _of_user(contents.model, names, like)
+    with open(path, "rb") as file:
+        try:
+            contents = read(file)
+            names, kind = missing_names(contents.model), _type_of(contents.model)
+        except Exception as error:
+            raise _sentence(path, error) from None
+    by_name, template = _of_user(kind, names, like)
     try:
         return Reader(contents.arrays, by_name).build(contents.model, template)
-    except UnreadableError as error:
-        raise ValueError(
-            f"{arg('path')} {os.fspath(path)} cannot be read: it has {error}."
-        ) from None
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{arg('path')} {os.fspath(path)} is damaged: {type(error).__name__}: {error}. Save "
-            "the model again."
-        ) from None
+    except Exception as error:
+        raise _sentence(path, error) from None
 
 
-def _of_user(model: Any, names: list[str], like: Any) -> tuple[dict[str, Any], Any]:
-    """What `like` has by name, and as a template."""
+def _sentence(path: Any, error: Exception) -> ValueError:
+    """The error of a file that cannot be read."""
+    damage = f"is damaged ({type(error).__name__}: {error}). Save the model again"
+    what = str(error) if isinstance(error, UnreadableError) else damage
+    return ValueError(f"{arg('path')} {os.fspath(path)} {what}.")
+
+
+def _of_user(kind: type, names: dict[str, str], like: Any) -> tuple[dict[str, Any], Any]:
+    """What `like` has by name, and as a template of a model of this kind."""
+    listed = ", ".join(f"{name!r} (at {place or 'the top'})" for name, place in names.items())
     if like is None:
         if not names:
             return {}, ABSENT
         pairs = ", ".join(f"{name!r}: ..." for name in names)
-        remedy = "like=" + (f"{{{pairs}}}" if len(names) > 1 else f"..., your {names[0]}")
+        remedy = "like=" + (f"{{{pairs}}}" if len(names) > 1 else f"..., your {next(iter(names))}")
         raise ValueError(
-            f"{arg('like')} must have what is not in the file, since it is yours: {names}. Pass "
+            f"{arg('like')} must have what is not in the file, since it is yours: {listed}. Pass "
             f"{remedy}."
         )
-    if names and isinstance(like, dict) and set(names) <= like.keys():
+    if names and isinstance(like, dict) and names.keys() <= like.keys():
         return like, ABSENT
-    if type(like) is _type_of(model):
+    if type(like) is kind:
         return {}, like
     if len(names) == 1 and type(like) not in (dict, list, tuple):
-        return {names[0]: like}, ABSENT
+        return {next(iter(names)): like}, ABSENT
     if not names:
         raise ValueError(
             f"{arg('like')} must be left out, or be like the model in the file, which needs "
             f"nothing else; got {type(like).__name__}."
         )
     raise ValueError(
-        f"{arg('like')} must be a dictionary of {names}, or like the model in the file; got "
+        f"{arg('like')} must be a dictionary of {listed}, or like the model in the file; got "
         f"{type(like).__name__}."
     )
 

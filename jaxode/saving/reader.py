@@ -6,18 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxode._checks.caller import arg
 from jaxode._jax.closure import constant, unwrap_constants
+from jaxode._jax.precision import weakly_typed
 from jaxode.saving import frame_types
-from jaxode.saving.registry import class_of_name, function_of_name
-from jaxode.saving.writer import fields
+from jaxode.saving.container import UnreadableError
+from jaxode.saving.registry import class_of_name, fields, function_of_name, is_of_numpy
 
 ABSENT = object()
 """The place in a template of what the template lacks."""
-
-
-class UnreadableError(Exception):
-    """What is wrong with a description."""
 
 
 class Reader:
@@ -35,11 +31,11 @@ class Reader:
         if isinstance(node, list):
             return tuple(self._items(node, like, place))
         if not isinstance(node, dict):
-            raise UnreadableError(f"a {type(node).__name__} at {place or 'its top'}")
+            raise UnreadableError(f"has a {type(node).__name__} at {place or 'its top'}")
         for kind, build in KINDS.items():
             if kind in node:
                 return build(self, node, like, place)
-        raise UnreadableError(f"{sorted(node)} at {place or 'its top'}")
+        raise UnreadableError(f"has {sorted(node)} at {place or 'its top'}")
 
     def _items(self, nodes: list[Any], like: Any, place: str) -> list[Any]:
         same = isinstance(like, tuple | list) and len(like) == len(nodes)
@@ -61,24 +57,28 @@ class Reader:
     def _number(self, node: Any, *_: Any) -> float:
         return float(node["number"])
 
+    def _complex(self, node: Any, *_: Any) -> complex:
+        return complex(node["complex"])
+
     def _dtype(self, node: Any, *_: Any) -> Any:
         return jnp.dtype(node["dtype"])
 
     def _array(self, node: Any, like: Any, place: str) -> Any:
         number, kind = node["array"], node.get("of")
         if not (isinstance(number, int) and 0 <= number < len(self.arrays)):
-            raise UnreadableError(f"no array {number}, which {place or 'the model'} refers to")
+            raise UnreadableError(f"has no array {number}, which {place or 'the model'} refers to")
         values, dtype = self.arrays[number], jnp.dtype(node["dtype"])
         if values.dtype != dtype:
-            if values.dtype.kind != "u" or values.dtype.itemsize != dtype.itemsize:
-                raise UnreadableError(f"numbers of {values.dtype} for {dtype} at {place}")
+            alike = values.dtype.kind == "u" and values.dtype.itemsize == dtype.itemsize
+            if is_of_numpy(dtype) or not alike:
+                raise UnreadableError(f"has numbers of {values.dtype} for {dtype} at {place}")
             values = values.view(dtype)
         if kind == "number":
             return values[()]
         if kind == "numpy":
             return values
         if number not in self._jax:
-            self._jax[number] = _of_jax(values, place)
+            self._jax[number] = _of_jax(values, node.get("weak", False), place)
         made = self._jax[number]
         return jax.random.wrap_key_data(made, impl=node["key"]) if kind == "key" else made
 
@@ -90,7 +90,9 @@ class Reader:
             )
         if set(parts) != set(fields(cls)):
             differ = sorted(set(parts) ^ set(fields(cls)))
-            raise UnreadableError(f"a {name} whose {differ} this version does not know, at {place}")
+            raise UnreadableError(
+                f"has a {name} whose {differ} this version does not know, at {place}"
+            )
         same = type(like) is cls
         values = {
             field: self.build(
@@ -115,11 +117,14 @@ class Reader:
 
     def _frame(self, node: Any, *_: Any) -> Any:
         try:
-            return frame_types.build(node["frame"], node["columns"])
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"{arg('path')} holds a table of a frame of {node['frame']}: {error}. Install it."
+            return frame_types.build(node["frame"], node["columns"], self.build)
+        except ImportError as error:
+            raise UnreadableError(
+                f"holds a table of a frame of {node['frame']}: {error}. Install it"
             ) from None
+
+    def _pandas(self, node: Any, *_: Any) -> Any:
+        return frame_types.build_scalar(node["pandas"], node["fields"], self.build)
 
     def _like(self, node: Any, like: Any, place: str) -> Any:
         name, kept = node["like"], node.get("leaves")
@@ -133,7 +138,7 @@ class Reader:
         leaves, structure = jax.tree_util.tree_flatten_with_path(unwrap_constants(made))
         places = [jax.tree_util.keystr(path) for path, _ in leaves]
         if missing := sorted({*kept, *node["constants"]} - set(places)):
-            raise UnreadableError(f"{name}{missing[0]}, which like= lacks")
+            raise UnreadableError(f"has {name}{missing[0]}, which like= lacks")
         new = []
         for at, (_, leaf) in zip(places, leaves, strict=True):
             value = self.build(kept[at], place=name + at) if at in kept else leaf
@@ -152,45 +157,50 @@ KINDS = {
     "class": Reader._class,
     "function": Reader._function,
     "frame": Reader._frame,
+    "pandas": Reader._pandas,
+    "complex": Reader._complex,
     "like": Reader._like,
 }
 
 
-def _of_jax(values: np.ndarray, place: str) -> jax.Array:
-    made = (
-        jnp.asarray(values) if jax.dtypes.canonicalize_dtype(values.dtype) == values.dtype else None
-    )
-    if made is None:
-        raise ValueError(
-            f"{arg('path')} holds {values.dtype} at {place}, which JAX would make "
-            f"{jax.dtypes.canonicalize_dtype(values.dtype)}. Load it after "
-            'jax.config.update("jax_enable_x64", True).'
+def _of_jax(values: np.ndarray, weak: bool, place: str) -> jax.Array:
+    dtype = jax.dtypes.canonicalize_dtype(values.dtype)
+    if dtype != values.dtype:
+        raise UnreadableError(
+            f"holds {values.dtype} at {place or 'its top'}, which JAX would make {dtype}. Load it "
+            'after jax.config.update("jax_enable_x64", True)'
         )
-    return made
+    return weakly_typed(jnp.asarray(values)) if weak else jnp.asarray(values)
 
 
 def _check_alike(place: str, value: Any, leaf: Any, is_kept: bool) -> None:
     """Raise unless an array of the file fits that of the template."""
-    numeric = isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    if not is_kept:
-        if numeric:
-            raise UnreadableError(f"no array for {place} of like=, which has {_shaped(leaf)}")
+    numeric = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    if not numeric:
         return
-    if numeric and (np.shape(value), value.dtype) != (np.shape(leaf), leaf.dtype):
-        raise UnreadableError(f"{_shaped(value)} for {place}, where like= has {_shaped(leaf)}")
+    if not is_kept:
+        raise UnreadableError(f"has no array for {place} of like=, which has {_shaped(leaf)}")
+    if not hasattr(value, "dtype"):
+        raise UnreadableError(f"has {value!r} for {place}, where like= has {_shaped(leaf)}")
+    if (np.shape(value), value.dtype) != (tuple(leaf.shape), leaf.dtype):
+        raise UnreadableError(f"has {_shaped(value)} for {place}, where like= has {_shaped(leaf)}")
 
 
 def _shaped(x: Any) -> str:
-    return f"{x.dtype}{list(np.shape(x))}"
+    return f"{x.dtype}{list(x.shape)}"
 
 
-def missing_names(node: Any) -> list[str]:
-    """The names of the user's objects in a description, in order."""
+def missing_names(node: Any) -> dict[str, str]:
+    """The names of the user's objects in a description, and where the first of each stands."""
     if isinstance(node, list):
         parts = node
     elif isinstance(node, dict):
         parts = list(node.values())
     else:
-        return []
-    own = [node["like"]] if isinstance(node, dict) and isinstance(node.get("like"), str) else []
-    return [*dict.fromkeys([*own, *(name for part in parts for name in missing_names(part))])]
+        return {}
+    names = {}
+    if isinstance(node, dict) and isinstance(node.get("like"), str):
+        names[node["like"]] = str(node.get("at"))
+    for part in parts:
+        names = missing_names(part) | names
+    return names

@@ -4,14 +4,14 @@ A name outlives a release; where its class stands may change. Nothing else is ev
 file, so that reading one runs no code of its choice.
 """
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
 from typing import Any
 
 import diffrax
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 CLASSES = {
     # densities
@@ -24,6 +24,8 @@ CLASSES = {
     "Linear": "jaxode.density.maps.whiten:Linear",
     "Monotone": "jaxode.density.maps.normal:Monotone",
     "MapOfSome": "jaxode.density.maps.columns:Some",
+    "NumpyroSupport": "jaxode.density.maps.of_numpyro:NumpyroSupport",
+    "DistraxSupport": "jaxode.density.maps.of_distrax:DistraxSupport",
     "Constant": "jaxode._jax.closure:_Constant",
     # flows
     "CNF": "jaxode.flows.cnf:CNF",
@@ -78,7 +80,6 @@ CLASSES = {
     "Categories": "jaxode.tabular.categorical:Categories",
     "AverageOfCategories": "jaxode.tabular.categorical:Average",
     "Calibrated": "jaxode.tabular.calibration:Calibrated",
-    "GridMixture": "jaxode.tabular.several_grids:GridMixture",
     # series
     "Series": "jaxode.series.model:Series",
     "SeriesUnits": "jaxode.series.units:Units",
@@ -101,9 +102,24 @@ CLASSES = {
 FUNCTIONS = {
     "kinetic_energy": "jaxode.flows.regularizers:_square",
     "jacobian_frobenius": "jaxode.flows.regularizers:_norm",
+    "jaxode.nn.softplus": "jaxode.nn:softplus",
 }
-# Functions of these modules have no effects: a file may name any of them.
-MODULES = {"jax.nn": jax.nn, "jax.numpy": jnp}
+# Functions of numbers, which networks and fields are made with.
+FUNCTIONS |= {
+    f"{module}.{name}": f"{module}:{name}"
+    for module, names in {
+        "jax.nn": (
+            "celu elu gelu glu hard_sigmoid hard_silu hard_swish hard_tanh identity leaky_relu "
+            "log_sigmoid log_softmax mish relu relu6 selu sigmoid silu soft_sign softmax softplus "
+            "sparse_plus sparse_sigmoid squareplus standardize swish tanh"
+        ),
+        "jax.numpy": (
+            "abs arcsinh arctan cbrt cos cosh exp expm1 log log1p maximum mean minimum negative "
+            "positive reciprocal sign sin sinc sinh sqrt square sum tanh"
+        ),
+    }.items()
+    for name in names.split()
+}
 # Libraries whose states and solvers a file may name.
 LIBRARIES = ("optax", "diffrax")
 
@@ -139,23 +155,34 @@ def _is_state_or_solver(cls: Any) -> bool:
 
 def name_of_function(function: Any) -> str | None:
     """The name of a function in files, or None if it is the user's."""
-    name = getattr(function, "__name__", "")
-    for short, place in FUNCTIONS.items():
-        if place.endswith(f":{name}") and pkgutil.resolve_name(place) is function:
-            return short
-    for module, library in MODULES.items():
-        if getattr(library, name, None) is function:
-            return f"{module}.{name}"
+    short = f":{getattr(function, '__name__', '')}"
+    for name, place in FUNCTIONS.items():
+        if place.endswith(short) and function_of_name(name) is function:
+            return name
     return None
 
 
 def function_of_name(name: str) -> Any:
     """The inverse of `name_of_function`, or None if there is no such function."""
-    if name in FUNCTIONS:
+    try:
         return pkgutil.resolve_name(FUNCTIONS[name])
-    module, _, short = name.rpartition(".")
-    function = getattr(MODULES.get(module), short, None)
-    return function if callable(function) and not short.startswith("_") else None
+    except (KeyError, AttributeError):
+        return None
+
+
+def fields(cls: type) -> tuple[str, ...]:
+    """The names of what the objects of a class are made of."""
+    if issubclass(cls, tuple):
+        return getattr(cls, "_fields")  # noqa: B009
+    return tuple(field.name for field in dataclasses.fields(cls))
+
+
+def is_of_numpy(dtype: np.dtype) -> bool:
+    """Whether NumPy knows a dtype by its code, unlike bfloat16."""
+    try:
+        return np.dtype(dtype.str) == dtype
+    except TypeError:
+        return False
 
 
 @functools.cache

@@ -1,17 +1,18 @@
 """Describe a model in JSON, with its arrays apart.
 
 null, true, 3, 0.1, "text"              themselves
-{"number": "inf"}                       a number that JSON lacks
+{"number": "inf"}, {"complex": "1j"}    numbers that JSON lacks
 [...]                                   a tuple
 {"list": [...]}, {"dict": [[k, v]...]}  other containers
 {"array": 0, "dtype", "of": "jax"}      array 0; or of NumPy, a number of it, or a random key
 {"class": "Density", "fields": {...}}   an object of a class in `registry.CLASSES`
 {"function": "jax.nn.silu"}             a function of JAX or of jaxode
 {"frame": "pandas", "columns": [...]}   the columns of a frame without rows
-{"like": "MLP", "leaves": {...}}        an object of the user, and the arrays among its leaves
+{"pandas": "Interval", "fields": [...]} a category of pandas that is no text or number
+{"like": "MLP", "at", "leaves": {...}}  an object of the user, and those of its leaves that are
+                                        not; "constants" are leaves that JAX takes for static
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -20,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode._checks.rules import is_known
 from jaxode._jax.closure import is_constant, unwrap_constants
 from jaxode.saving import frame_types
-from jaxode.saving.registry import name_of_class, name_of_function
+from jaxode.saving.reader import Reader
+from jaxode.saving.registry import fields, is_of_numpy, name_of_class, name_of_function
 
 
 class Writer:
@@ -40,8 +43,10 @@ class Writer:
             return x
         if type(x) is float:
             return x if math.isfinite(x) else {"number": repr(x)}
+        if type(x) is complex:
+            return {"complex": repr(x)}
         if isinstance(x, jax.Array | np.ndarray | np.generic):
-            return self._array(x)
+            return self._array(x, place)
         if type(x) is tuple:
             return self._items(x, place)
         if type(x) is list:
@@ -52,10 +57,14 @@ class Writer:
         if isinstance(x, np.dtype):
             return {"dtype": x.name}
         if (name := name_of_class(type(x))) is not None:
-            parts = {f: self.describe(getattr(x, f), f"{place}.{f}") for f in fields(x)}
+            parts = {f: self.describe(getattr(x, f), f"{place}.{f}") for f in fields(type(x))}
             return {"class": name, "fields": parts}
-        if (frame := frame_types.describe(x)) is not None:
+        if (frame := frame_types.describe(x, self.describe)) is not None:
+            again = Reader(self.arrays, {}).build(frame)
+            frame_types.check_kept(x, again)
             return frame
+        if (scalar := frame_types.describe_scalar(x, self.describe)) is not None:
+            return scalar
         if callable(x) and (name := name_of_function(x)) is not None:
             return {"function": name}
         return self._of_user(x, place)
@@ -63,28 +72,34 @@ class Writer:
     def _items(self, x: Any, place: str) -> list[Any]:
         return [self.describe(item, f"{place}[{i}]") for i, item in enumerate(x)]
 
-    def _array(self, x: Any) -> Any:
+    def _array(self, x: Any, place: str) -> Any:
+        if not is_known(x):
+            raise ValueError(
+                f"{arg('model')} must not be traced: a file is written once, when a program is "
+                f"traced; got a traced array at {place or 'its top'}. Save outside of jax.jit."
+            )
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             node = self._numbered(x, np.asarray(jax.random.key_data(x)))
             return node | {"of": "key", "key": str(jax.random.key_impl(x))}
-        kind = "jax" if isinstance(x, jax.Array) else "numpy"
         values = np.asarray(x)
-        if values.dtype == object:
+        if values.dtype == object or values.dtype.type is np.void or np.ma.isMaskedArray(x):
+            what = "a mask" if np.ma.isMaskedArray(x) else f"the dtype {values.dtype}"
             raise TypeError(
-                f"{arg('model')} must not hold arrays of Python objects; got {values[:3]!r}. Make "
-                "them numbers or text."
+                f"{arg('model')} must hold arrays of numbers, times or text; got one with {what} "
+                f"at {place or 'its top'}. Convert it."
             )
-        number = isinstance(x, np.generic)
-        return self._numbered(x, values) | {"of": "number" if number else kind}
+        node = self._numbered(x, values)
+        if isinstance(x, jax.Array):
+            return node | {"of": "jax"} | ({"weak": True} if x.weak_type else {})
+        return node | {"of": "number" if isinstance(x, np.generic) else "numpy"}
 
     def _numbered(self, x: Any, values: np.ndarray) -> dict[str, Any]:
-        dtype = values.dtype.name if values.dtype.kind in "V" else values.dtype.str
+        known = is_of_numpy(values.dtype)
         if id(x) not in self._numbers:
             self._numbers[id(x)] = len(self.arrays)
             self._alive.append(x)  # so that no other object gets its number
-            if values.dtype.kind == "V":  # bfloat16 and others that NumPy does not know
-                values = values.view(f"u{values.dtype.itemsize}")
-            self.arrays.append(values)
+            self.arrays.append(values if known else values.view(f"u{values.dtype.itemsize}"))
+        dtype = values.dtype.str if known else values.dtype.name
         return {"array": self._numbers[id(x)], "dtype": dtype}
 
     def _of_user(self, x: Any, place: str) -> Any:
@@ -96,12 +111,12 @@ class Writer:
                 f"{arg('model')} must be made of models, networks, arrays, numbers, text and "
                 f"functions; got a {type(x).__name__} at {place or 'its top'}. Leave it out."
             )
-        node: dict[str, Any] = {"like": self._name(x)}
+        node: dict[str, Any] = {"like": self._name(x), "at": place}
         if is_pytree:
             node["leaves"], node["constants"] = {}, []
             for path, leaf in leaves:
                 at = jax.tree_util.keystr(path)
-                if _is_known(unwrap_constants(leaf)):
+                if _is_kept(unwrap_constants(leaf)):
                     node["leaves"][at] = self.describe(leaf, place + at)
                 elif is_constant(leaf):
                     node["constants"].append(at)
@@ -117,15 +132,8 @@ class Writer:
         return name if number == 0 else f"{name} {number + 1}"
 
 
-def _is_known(leaf: Any) -> bool:
-    """Whether a file can hold a leaf of an object of the user."""
-    if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+def _is_kept(leaf: Any) -> bool:
+    """Whether a file holds a leaf of an object of the user."""
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex | str):
         return True
     return callable(leaf) and name_of_function(leaf) is not None
-
-
-def fields(x: Any) -> tuple[str, ...]:
-    """The names of what an object, or one of a class, is made of."""
-    if hasattr(x, "_fields"):
-        return x._fields
-    return tuple(field.name for field in dataclasses.fields(x))

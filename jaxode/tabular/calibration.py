@@ -22,6 +22,7 @@ from jaxode.flows.bases import StandardNormal
 from jaxode.flows.cnf import CNF
 
 NORMAL = StandardNormal((1,))
+LEAST_ROWS = 10  # of equal weight
 FURTHEST = 1e-7  # level of a single number in float32 that is neither 0 nor 1
 
 
@@ -80,10 +81,9 @@ def _of_equal_weight(
     part = part / part.sum()
     count = round(1 / np.sum(part**2))
     at = np.searchsorted(np.cumsum(part[order]), (np.arange(count) + 0.5) / count)
-    found = levels[order][at]
-    if found[0] == found[-1]:
+    if count < LEAST_ROWS:
         raise ValueError(
-            f"{arg('weights')} must count several of the rows aside, to calibrate on; got "
-            f"{part.max():.0%} of the weight in one of {len(part)} rows. Leave calibrate out."
+            f"{arg('weights')} must count at least {LEAST_ROWS} of the rows aside, to calibrate; "
+            f"got {len(part)} rows that are worth {count} of equal weight. Leave calibrate out."
         )
-    return found
+    return levels[order][at]

@@ -68,7 +68,7 @@ def test_equal_weights_are_none():
     for a, b in zip(*pairs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
     one = np.where(np.arange(ROWS) == 7, 1.0, 1e-9)
-    with pytest.raises(ValueError, match=r"\(weights=...\): must count several .* got 100% of the"):
+    with pytest.raises(ValueError, match=r"\(weights=...\): must count at least 10 .* worth 1 of"):
         calibrated(start, start.cdf(DRAWN), one)
 
 
