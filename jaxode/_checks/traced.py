@@ -1,5 +1,6 @@
 """Words for what JAX cannot trace in a user's function: NumPy, branches, and Python's numbers."""
 
+import os
 import re
 import traceback
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from jaxode._checks.caller import caller
 
 LIBRARIES = (
-    str(Path(__file__).parents[1]),
-    *(str(Path(str(module.__file__)).parent) for module in (jax, np, eqx, diffrax)),
+    f"{Path(__file__).parents[1]}{os.sep}",
+    *(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (jax, np, eqx, diffrax)),
 )
 
 
@@ -23,8 +24,10 @@ def traced_use(name: str, error: Exception) -> str | None:
     line, place = _line_of_user(error)
     if isinstance(error, jax.errors.TracerArrayConversionError):
         does, cure = "uses NumPy on", "Write jnp for NumPy, also for an array that it indexes."
-        if called := re.search(r"\b(?:np|numpy)\.(\w+)", line):
-            cure = f"Write jnp.{called[1]} for {called[0]}."
+        called = re.findall(r"\b(np|numpy)\.([\w.]+)\(", line)
+        if len(called) == 1:
+            ((library, function),) = called
+            cure = f"Write jnp.{function} for {library}.{function}."
     elif isinstance(error, jax.errors.TracerBoolConversionError):
         does = "branches on"
         cure = "Write jnp.where; where it switches at a known time, also pass breakpoints."
@@ -35,8 +38,9 @@ def traced_use(name: str, error: Exception) -> str | None:
         )
     elif isinstance(error, jax.errors.ConcretizationTypeError):
         does, cure = "makes a number of Python of", "Leave float, int and .item() out."
-        if called := re.search(r"\bmath\.(\w+)", line):
-            does, cure = "uses math on", f"Write jnp.{called[1]} for {called[0]}."
+        called = re.findall(r"\bmath\.(\w+)\(", line)
+        if len(called) == 1:
+            does, cure = "uses math on", f"Write jnp.{called[0]} for math.{called[0]}."
     else:
         return None
     return f"{caller()}: {name} {does} an array that JAX traces, {place}. {cure}"

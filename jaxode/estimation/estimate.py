@@ -35,6 +35,7 @@ from jaxode.estimation.uncertainty import (
     SAME_NATS,
     SAME_SQUARE,
     chi_square,
+    covariance_without_bounds,
     cure,
     gain_left,
     has_known_variance,
@@ -84,7 +85,8 @@ class Estimate(eqx.Module):
     """Whether the search ended at its tolerance or, if the observations do not determine all
     parameters, with less than 0.01 nats to gain."""
     _unbounded: Float[Array, "n n"]
-    """The covariance as if no parameter had come to a bound."""
+    """The covariance as if no parameter had come to a bound; `covariance` if the others are
+    determined by bounds alone."""
     _problem: ObservedODE
     _box: Box
     _together: int = eqx.field(static=True)
@@ -118,8 +120,8 @@ class Estimate(eqx.Module):
         Returns:
             `mean`, and `low` and `high`, which hold 95% of predictions for parameters as uncertain
             as estimated, by the delta method. A parameter at a bound is as uncertain as if it had
-            none, which is rather too much. They are infinite where the observations do not
-            determine what is predicted.
+            none, which is rather too much, unless others are determined by that bound. They are
+            infinite where the observations do not determine what is predicted.
 
         Raises:
             TypeError, ValueError: if `ts` are not such times, or beyond the knots of an input.
@@ -306,7 +308,7 @@ def _described(
     stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
     information, tiny = ends.information[best], NULL_SINGULAR_VALUE[dtype]
     covariance, errors = uncertainty(information, scale, tiny, ~stopped)
-    unbounded, _ = uncertainty(information, scale, tiny, box.free)
+    unbounded = covariance_without_bounds(information, scale, tiny, box.free, covariance)
     converged = bool(ends.converged[best])
     if not converged and is_vague(flat, errors).any():
         # Along parameters that are not determined, steps never become small.

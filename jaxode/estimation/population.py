@@ -220,7 +220,7 @@ def _described(
             stacklevel=4,
         )
 
-    none = np.asarray(deviations) < ZERO * of_deviations
+    none = np.asarray(deviations) <= ZERO * of_deviations
     if none.any():
         varying = np.array(names(population.template))[np.asarray(population.places)]
         warnings.warn(

@@ -55,12 +55,14 @@ def sizes_of_states(
 
     def size(first, later):
         later = np.concatenate([np.asarray(first)[:, :, None], np.asarray(later)], axis=2)
-        later = np.abs(np.where(np.isfinite(later), later, np.nan))
-        peak = np.nanmax(later, axis=(1, 2))
+        known = np.isfinite(later)
+        later = np.abs(np.where(known, later, 0.0))
+        peak = np.max(later, axis=(1, 2))
         unit = np.where(peak > 0, peak, 1.0)
 
         def root(x):
-            return unit * np.sqrt(np.nanmean((x / unit[:, None, None]) ** 2, axis=(1, 2)))
+            count = np.maximum(known[:, :, : x.shape[2]].sum(axis=(1, 2)), 1)
+            return unit * np.sqrt(np.sum((x / unit[:, None, None]) ** 2, axis=(1, 2)) / count)
 
         begin, all_times = root(later[:, :, :1]), root(later)
         found = np.where(begin > 0, np.minimum(begin, all_times), all_times)

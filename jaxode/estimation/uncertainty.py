@@ -87,6 +87,16 @@ def uncertainty(jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarra
     return covariance, np.sqrt(np.diag(covariance))
 
 
+def covariance_without_bounds(
+    jacobian: np.ndarray, scale: float, tiny: float, free: np.ndarray, covariance: np.ndarray
+) -> np.ndarray:
+    """The covariance as if no parameter had come to a bound; `covariance` if it is the bounds that
+    determine another parameter."""
+    unbounded, _ = uncertainty(jacobian, scale, tiny, free)
+    lost = np.isinf(np.diag(unbounded)) & np.isfinite(np.diag(covariance))
+    return covariance if lost.any() else unbounded
+
+
 def is_vague(flat: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Which parameters the observations do not determine."""
     return errors > VAGUE_ERROR * (1 + np.abs(flat))

@@ -150,7 +150,8 @@ def check_field(name: str, f: Any, call: str) -> None:
 def _first_two(f: Callable[..., Any]) -> list[str]:
     """The names of the first two parameters by position, as far as Python knows."""
     try:
-        parameters = list(inspect.signature(f).parameters.values())
+        # Not those of what it wraps, which may have another order.
+        parameters = list(inspect.signature(f, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):
         return []
     positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD

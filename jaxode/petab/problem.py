@@ -150,6 +150,8 @@ class Problem:
         found = estimate(
             self.f, self.y0, jnp.asarray(measurements.ts), ys, starts, **(given | options)
         )
+        if measurements.rests.any() or len(self._experiments.before.number):
+            self.nll(found.params)  # which warns of states that are not at rest
         return eqx.tree_at(lambda each: each.nll, found, found.nll + channels.shift)
 
     @functools.cached_property

@@ -166,6 +166,8 @@ def test_sizes_of_states_are_finite_whatever_the_solves_are():
     found = sizes_of_states(y0, ys)
     # Its start, the least of the others, and the root of a mean square.
     np.testing.assert_allclose([found["a"], found["b"], found["c"]], [2.0, 2.0, 8 * 0.5**0.5])
+    starts = np.array([[[np.nan]], [[3.0]]]), np.array([[[[np.nan]]], [[[3.0]]]])
+    np.testing.assert_allclose(sizes_of_states(*starts), [3.0])
     none = sizes_of_states(np.zeros((1, 1, 2)), np.full((1, 1, 3, 2), np.nan))
     np.testing.assert_array_equal(none, np.ones(2))
 

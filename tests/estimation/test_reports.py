@@ -15,7 +15,7 @@ from jaxode.estimation.bounds import names
 from jaxode.estimation.budget import Budget
 from jaxode.estimation.estimate import _described
 from jaxode.estimation.starts import Ends, Runs
-from jaxode.estimation.uncertainty import gain_left, uncertainty
+from jaxode.estimation.uncertainty import covariance_without_bounds, gain_left, uncertainty
 
 TS = np.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -124,6 +124,17 @@ def test_a_band_counts_a_parameter_at_a_bound_and_none_that_is_fixed(high):
     covariance = np.linalg.inv(slopes[:, of].T @ slopes[:, of])
     apart = 1.959964 * np.sqrt(np.einsum("ti,ij,tj->t", along, covariance, along))
     np.testing.assert_allclose((band.high - band.mean)[:, 0], apart, rtol=1e-6)
+
+
+@pytest.mark.parametrize("second", [2.0, 3.0])
+def test_what_a_bound_determines_stays_so_in_a_band(second):
+    """A column is determined beside one like it only if that one is at a bound."""
+    jacobian, free = np.array([[1.0, 1.0], [2.0, second]]), np.array([True, True])
+    held, _ = uncertainty(jacobian, 1.0, 1e-7, np.array([True, False]))
+    covariance = covariance_without_bounds(jacobian, 1.0, 1e-7, free, held)
+    expected = held if second == 2 else np.linalg.inv(jacobian.T @ jacobian)
+    np.testing.assert_allclose(covariance, expected)
+    np.testing.assert_allclose(held[0, 0], 0.2)
 
 
 @pytest.mark.parametrize("rows", [False, True])

@@ -183,6 +183,10 @@ def with_numpy(t, y, args):
     return np.sin(y)
 
 
+def with_several(t, y, args):
+    return np.pi * np.linalg.norm(y) * y
+
+
 def with_a_table(t, y, args):
     return np.arange(3.0)[jnp.int32(t)] * y
 
@@ -207,6 +211,7 @@ def with_an_index(t, y, args):
 
 UNTRACEABLE = {
     with_numpy: ("uses NumPy on", "return np.sin(y)", "Write jnp.sin for np.sin."),
+    with_several: ("uses NumPy on", "return np.pi", "Write jnp.linalg.norm for np.linalg.norm."),
     with_a_table: ("uses NumPy on", "return np.arange(3.0)", "Write jnp"),
     with_a_branch: ("branches on", "if t > 0.5:", "Write jnp.where"),
     with_a_number: ("makes a number of Python of", "return -float(t) * y", "Leave float"),
@@ -233,8 +238,14 @@ def test_a_condition_that_jax_cannot_trace_is_told():
         solve(event=jaxode.Event(lambda t, y, _: np.sin(y[0])))
 
 
+@functools.wraps(lambda y, t, args: y)
+def adapted(t, y, args):
+    return y
+
+
 KEPT = [
-    lambda x, y, args: y, lambda t, t0, args: t0, lambda a, t, args: t, lambda *args: args[1],
+    adapted, lambda x, y, args: y,
+    lambda t, t0, args: t0, lambda a, t, args: t, lambda *args: args[1],
     functools.partial(lambda y, t, state: state, 1.0), MLP(1, (2,), key=jax.random.key(0)), jnp.add,
 ]  # fmt: skip
 
