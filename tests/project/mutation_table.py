@@ -703,8 +703,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A density is drawn with its axes exchanged.
     ("plot.py", ".reshape(points, points)", ".reshape(points, points).T"),
     # A pullback that is mapped twice exchanges its axes for ever.
-    ("ode/adjoints/vmap.py", "            if not any(jax.tree.leaves((by_outer[0], by_outer[2:]))):",
-     "            if False:"),
+    ("ode/adjoints/vmap.py",
+     "if not any(jax.tree.leaves((by_outer[0], by_outer[2:]))):", "if False:"),
     # A later version's file is read as one of this version, and a text as a part of a file.
     ("saving/container.py", "    if version > VERSION:", "    if False:"),
     ("saving/container.py", '    if not start.startswith(b"PK"):', "    if False:"),
