@@ -234,8 +234,9 @@ def estimate(
         steps: of the search on all observations, 200 by default.
         progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`
-            is 1e-6, or 1e-5 in single precision, and `atol` that part of the spread of each number
-            of the state: of its observations or, with `observe`, of solves from the starts.
+            is 1e-6, or 1e-5 in single precision, and `atol` is `rtol` times the size of each number
+            of the state: the spread of its observations or, with `observe`, the least that solves
+            from the starts come to.
 
     Returns:
         An `Estimate`.

@@ -146,7 +146,7 @@ def estimate_population(
         steps: of the search.
         options: of `jaxode.solve`, such as `solver`, `max_steps`, and `jumps`, doses with times
             `[jumps]` or `[subjects, jumps]`. `rtol` is 1e-6, or 1e-5 in single precision, and
-            `atol` that part of the spread of each number of the state.
+            `atol` is `rtol` times the size of each number of the state.
 
     Returns:
         A `PopulationEstimate`.

@@ -103,7 +103,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 # PEtab's functions of one argument or two that SBML lacks, or has with arguments in another order.
 LOG = "petab_log"
 OF_PETAB = {LOG: (1, 2), "log2": (1,), "sign": (1,)}
-LARGEST = "FUNCTION_MIN", "FUNCTION_MAX"
+EXTREMES = "FUNCTION_MIN", "FUNCTION_MAX"
 CONSTANTS = {
     "CONSTANT_E": math.e,
     "CONSTANT_PI": math.pi,
@@ -139,7 +139,7 @@ def read(node: Any) -> Any:
     parts = tuple(read(node.getChild(i)) for i in range(node.getNumChildren()))
     if kind is None and len(parts) in OF_PETAB.get(node.getName(), ()):
         return _of_petab(node.getName(), *parts)
-    if kind is None or (kind in LARGEST and not parts):
+    if kind is None or (kind in EXTREMES and not parts):
         raise ValueError(
             f"{arg('path')} formulas must be of functions that jaxode.petab reads; got "
             f"{libsbml.formulaToL3String(node).replace(LOG, 'log')!r}. Write it by others."

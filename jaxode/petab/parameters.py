@@ -13,7 +13,7 @@ from jaxode.petab.tables import Table, number
 
 SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
 NORMAL, UNIFORM = ("parameterScaleNormal", "normal"), ("parameterScaleUniform", "uniform", "")
-LINEAR = "normal", "uniform"  # priors of numbers, not of their logarithms
+PRIORS_OF_NUMBERS = "normal", "uniform"  # priors of numbers, not of their logarithms
 
 
 class Entries(NamedTuple):
@@ -140,7 +140,7 @@ class Parameters:
         found, (low, high) = {}, self.bounds
         for name, one in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
             kind, (first, second) = self._prior(name, "initialization")
-            linear, place = kind in LINEAR, self.place[name]
+            linear, place = kind in PRIORS_OF_NUMBERS, self.place[name]
             ends = self.limits[:, place] if linear else np.array([low[name], high[name]])
             if kind in NORMAL:
                 ends = (ends - first) / second
@@ -180,7 +180,11 @@ class Parameters:
             )
         given = line.get(f"{of}PriorParameters", "")
         if not given and kind in UNIFORM:
-            ends = self.limits[:, self.place[name]] if kind in LINEAR else (low[name], high[name])
+            ends = (
+                self.limits[:, self.place[name]]
+                if kind in PRIORS_OF_NUMBERS
+                else (low[name], high[name])
+            )
             return kind, tuple(map(float, ends))
         try:
             first, second = map(float, given.split(";"))

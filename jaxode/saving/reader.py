@@ -32,7 +32,7 @@ class Reader:
             return tuple(self._items(node, like, place))
         if not isinstance(node, dict):
             raise UnreadableError(f"has a {type(node).__name__} at {place or 'its top'}")
-        for kind, build in KINDS.items():
+        for kind, build in BUILDERS.items():
             if kind in node:
                 return build(self, node, like, place)
         raise UnreadableError(f"has {sorted(node)} at {place or 'its top'}")
@@ -148,7 +148,7 @@ class Reader:
 
 
 # An array also has a dtype.
-KINDS = {
+BUILDERS = {
     "list": Reader._list,
     "dict": Reader._dict,
     "number": Reader._number,

@@ -121,7 +121,7 @@ FUNCTIONS |= {
     for name in names.split()
 }
 # Libraries whose states and solvers a file may name.
-LIBRARIES = ("optax", "diffrax")
+LIBRARIES_OF_STATES = ("optax", "diffrax")
 
 
 def name_of_class(cls: type) -> str | None:
@@ -138,7 +138,7 @@ def class_of_name(name: str) -> type | None:
     if name in CLASSES:
         return pkgutil.resolve_name(CLASSES[name])
     library, _, short = name.partition(".")
-    if library not in LIBRARIES:
+    if library not in LIBRARIES_OF_STATES:
         return None
     cls = getattr(importlib.import_module(library), short, None)
     return cls if _is_state_or_solver(cls) else None
