@@ -48,12 +48,12 @@ def check_observed_times(t0: Any, ts: Any, dtype: jnp.dtype) -> None:
 def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int | None = None):
     """The times of jumps in the dtype of the state, with infinity for padding; NaN in rows, and if
     traced, where it loses them."""
-    jumps = _padded(jnp, _check_several("jumps", times, dtype, rows))
+    jumps = infinite_padding(jnp, _check_several("jumps", times, dtype, rows))
     known = is_known((t0, t1, times))
     xp = np if known else jnp
     exact = (np if is_known(times) else jnp).asarray(times, float)  # JAX may round them first
     # Padding is at the end.
-    exact = _padded(xp, exact)
+    exact = infinite_padding(xp, exact)
     given = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
     _, lost = _lost_times(t0, t1, given, dtype)
     if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
@@ -62,7 +62,7 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     return jnp.where(jnp.asarray(lost)[..., None], jnp.nan, jumps)
 
 
-def _padded(xp: Any, times: Any) -> Any:
+def infinite_padding(xp: Any, times: Any) -> Any:
     """The times of jumps, with infinity for NaN, which is padding, too."""
     return xp.where(xp.isnan(times), np.inf, times)
 

@@ -33,7 +33,7 @@ Flags = tuple[bool, ...]
 
 
 class WithSweep(NamedTuple):
-    """A function of arrays, and its sweep. Made by `differentiable`.
+    """A function of arrays, and its sweep. Made by `with_sweep`.
 
     `moved` flags the inputs that are differentiated, `touched` the outputs that have cotangents.
     A tangent or a sweep, as a function of this kind, has no record.

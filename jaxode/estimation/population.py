@@ -29,6 +29,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
+from jaxode._checks.times import infinite_padding
 from jaxode._jax.closure import compiled
 from jaxode.estimation.bounds import names
 from jaxode.estimation.display import as_text
@@ -393,8 +394,7 @@ def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jump
             f"{arg('jumps')} times must be [jumps], or [subjects, jumps] of the {len(times)} "
             f"subjects; got shape {doses.shape}."
         )
-    doses = jnp.where(jnp.isnan(doses), jnp.inf, doses)  # both are padding
-    doses = jnp.broadcast_to(doses, (len(times), doses.shape[-1]))
+    doses = jnp.broadcast_to(infinite_padding(jnp, doses), (len(times), doses.shape[-1]))
     from_start = jnp.concatenate([jnp.broadcast_to(t0, (len(times), 1)), doses], axis=1)
     wrong = np.asarray(~(from_start[:, 1:] >= from_start[:, :-1]).all(axis=1))
     if wrong.any():

@@ -138,7 +138,7 @@ def improved(
             runs = runs.with_ways(starts, moved)
         fits = fitted(runs.flats, end, whole)
         costs = runs.best(fits.costs)
-        again = np.isinf(costs) & np.isinf(costs).all()
+        again = np.full(len(costs), np.isinf(costs).all())
         if with_starts and whole and (alone := runs.of_start[:, -1] < 0).any():
             of_starts = _costs_at(problem, end, starts[alone], box, size, budget)
             again[alone] = of_starts < costs[alone]

@@ -173,7 +173,8 @@ def function_of_name(name: str) -> Any:
 def fields(cls: type) -> tuple[str, ...]:
     """The names of what the objects of a class are made of."""
     if issubclass(cls, tuple):
-        return getattr(cls, "_fields")  # noqa: B009
+        named: Any = cls
+        return named._fields
     return tuple(field.name for field in dataclasses.fields(cls))
 
 

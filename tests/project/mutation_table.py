@@ -490,7 +490,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/search.py", "near = ~row.cut & (", "near = ("),
     ("estimation/starts.py", "if whole and not with_starts:", "if False:"),
     # Runs that are misled by the first observations take their starts with them.
-    ("estimation/starts.py", "again = np.isinf(costs) & np.isinf(costs).all()",
+    ("estimation/starts.py", "again = np.full(len(costs), np.isinf(costs).all())",
      "again = np.isinf(costs) & False"),
     # A start that costs less than the end of its run is dropped.
     ("estimation/starts.py", "of_starts < costs[alone]", "of_starts < -np.inf"),
