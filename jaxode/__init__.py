@@ -19,7 +19,7 @@ from jaxode.auditing.report import Report, audit
 from jaxode.density.density import Density, bind
 from jaxode.density.importance import Importance, importance
 from jaxode.estimation.estimate import Estimate, estimate
-from jaxode.estimation.population import PopulationEstimate, estimate_population
+from jaxode.estimation.populations.population import PopulationEstimate, estimate_population
 from jaxode.flows.bases import centered_normal, diagonal_normal, standard_normal, torus
 from jaxode.flows.cnf import CNF
 from jaxode.flows.construct import cnf

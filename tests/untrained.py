@@ -13,7 +13,7 @@ from scipy.special import expit, i0, ndtr, ndtri
 
 from jaxode import tabular
 from jaxode.nn import Residual
-from jaxode.tabular import training
+from jaxode.tabular import fit_table
 from jaxode.tabular.categorical import WIDTH, Categories
 from jaxode.training import fit
 
@@ -102,7 +102,7 @@ def _known_numbers(encoder, parts, *_):
 
 
 def _drawn_flow(density, datasets, *_):
-    """In place of `training.train`: a flow of one network, far from the identity."""
+    """In place of `fit_table.train`: a flow of one network, far from the identity."""
     density = fit._knowing_contexts(density, datasets[0].validation.context)
     network = density.params
     last = 10 * network.last.weight
@@ -133,7 +133,7 @@ def _drawn_categories(encoder, parts, *_):
 
 def small_networks() -> Any:
     """`tabular.fit` takes networks of the numbers that are compiled and solved in less time."""
-    return mock.patch.object(training, "Residual", _small)
+    return mock.patch.object(fit_table, "Residual", _small)
 
 
 @contextlib.contextmanager
@@ -143,7 +143,7 @@ def without_training(*, flow: bool = False) -> Iterator[None]:
         patches.enter_context(small_networks())
         numbers = ("train", _drawn_flow) if flow else ("_train_numbers", _known_numbers)
         for name, stand_in in (numbers, ("_train_categories", _drawn_categories)):
-            patches.enter_context(mock.patch.object(training, name, stand_in))
+            patches.enter_context(mock.patch.object(fit_table, name, stand_in))
         yield
 
 

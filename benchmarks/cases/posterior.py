@@ -38,7 +38,7 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
 from benchmarks.harness.posterior_tasks import TASKS, Task, reference
-from jaxode.tabular.training import BATCH_OF_MEMBER, WIDTH_OF_MEMBER
+from jaxode.tabular.fit_table import BATCH_OF_MEMBER, WIDTH_OF_MEMBER
 
 HELD_OUT, OBSERVATIONS = 1000, 10
 PROPOSALS = 5  # for each weighted sample

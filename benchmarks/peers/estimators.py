@@ -25,7 +25,7 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
-from jaxode.tabular.training import WIDTH_OF_MEMBER
+from jaxode.tabular.fit_table import WIDTH_OF_MEMBER
 from jaxode.training.dataset import MAX_VALIDATION_ROWS
 from jaxode.training.loop import MAX_EXACT_DIMENSIONS, VALIDATION_STEP_RATIO, Clock
 

@@ -21,7 +21,7 @@ from benchmarks.harness.problems import Conditional, FlowProblem, OdeProblem, Pl
 from benchmarks.peers.flows import augmented, augmented_exact
 from benchmarks.peers.odes import series_loss
 from jaxode.nn import Mixer, Residual
-from jaxode.nn.network import WAVES
+from jaxode.nn.base import WAVES
 from jaxode.nn.residual import LARGEST_ACTIVATION
 
 ACTIVATIONS = {jnp.tanh: torch.tanh, jax.nn.gelu: partial(gelu, approximate="tanh")}

@@ -19,7 +19,7 @@ from scipy.integrate import odeint
 from scipy.optimize import least_squares
 
 import jaxode
-from jaxode.petab.problem import Problem
+from jaxode.petab.petab_problem import Problem
 
 RTOL, ATOL, DIFFERENCE = 1e-8, 1e-10, 1e-4
 LEAST_NOISE = 1e-6

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.errors import SolveError
+from jaxode.divergence import Divergence
 from jaxode.flows.cnf import CNF
-from jaxode.flows.divergence import Divergence
 from jaxode.flows.integrands import Integrands
 from jaxode.ode.adjoints import ForwardMode
 from jaxode.ode.options import SolveOptions

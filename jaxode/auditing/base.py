@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode.auditing.audited_flow import AuditedFlow, Row, within
+from jaxode.divergence import EXACT_UP_TO
 from jaxode.flows.bases import has_full_support, in_one_period
-from jaxode.flows.divergence import EXACT_UP_TO
 
 # Standard deviations. In one dimension, a normal base has no such samples.
 DISTANCE = 10.0

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jaxode.auditing import base
 from jaxode.auditing.audited_flow import AuditedFlow, Row, within
-from jaxode.auditing.divergence import divergence
+from jaxode.auditing.divergence_audit import divergence
 from jaxode.ode.adjoints import DiscreteAdjoint
 
 # Errors of log-densities are in nats: 0.01 is one percent of a density. A healthy controller

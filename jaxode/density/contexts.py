@@ -20,8 +20,8 @@ from jaxode._checks.arguments import (
     takes,
 )
 from jaxode._checks.caller import arg
-from jaxode.density.maps.arguments import Shape, as_map
 from jaxode.density.maps.base import Map
+from jaxode.density.maps.bind_arguments import Shape, as_map
 from jaxode.density.maps.chain import Chain
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.flows.reverse_kl import Target

@@ -32,8 +32,8 @@ from jaxode.density.levels import (
     of_each_level,
     placed,
 )
-from jaxode.density.maps.arguments import Shape, as_map, as_support
 from jaxode.density.maps.base import Map
+from jaxode.density.maps.bind_arguments import Shape, as_map, as_support
 from jaxode.density.maps.chain import Chain, from_data, to_data
 from jaxode.flows import compiled
 from jaxode.flows.bases import Torus, fixed_columns, in_one_period

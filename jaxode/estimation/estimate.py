@@ -15,15 +15,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import check_not_traced
 from jaxode._checks.caller import arg, public
-from jaxode.estimation.budget import Budget
-from jaxode.estimation.display import as_text
-from jaxode.estimation.observations import Given, posed
+from jaxode.estimation.observed.observations import Given, posed
+from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.estimation.prediction import Band, predicted_band
-from jaxode.estimation.problem import ObservedODE
 from jaxode.estimation.profiles import Profile
-from jaxode.estimation.search import STARTS_AT_ONCE, Box
-from jaxode.estimation.slopes import match_slopes
-from jaxode.estimation.starts import (
+from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE, Box
+from jaxode.estimation.search.progress_lines import as_text
+from jaxode.estimation.search.slopes import match_slopes
+from jaxode.estimation.search.starts import (
     Ends,
     Runs,
     ends_of_starts,

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import floating, numbers
 from jaxode._checks.caller import arg
 from jaxode._jax.closure import compiled
-from jaxode.estimation.observations import check_times
-from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.observed.observations import check_times
+from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.ode.interpolations import check_knots
 
 NORMAL_95 = 1.959964  # deviations: 95% of a normal distribution

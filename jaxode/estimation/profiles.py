@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import floating
 from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite
-from jaxode.estimation.budget import MOST_STEPS
-from jaxode.estimation.objectives import Local, Objective, of_observations
-from jaxode.estimation.problem import ObservedODE
-from jaxode.estimation.search import Box, minimize
+from jaxode.estimation.observed.observed_system import ObservedODE
+from jaxode.estimation.search.budget import MOST_STEPS
+from jaxode.estimation.search.levenberg_marquardt import Box, minimize
+from jaxode.estimation.search.objectives import Local, Objective, of_observations
 
 # A function is held at a value by residuals of ten times its curvature, which shrink the distance a
 # hundred times each round, until it is below this part of the standard error.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from jaxode.estimation.bounds import names
-from jaxode.estimation.likelihoods import Laplace, Likelihood, Poisson
-from jaxode.estimation.problem import ObservedODE
+from jaxode.estimation.observed.bounds import names
+from jaxode.estimation.observed.likelihoods import Laplace, Likelihood, Poisson
+from jaxode.estimation.observed.observed_system import ObservedODE
 
 # The largest singular value, as a part of the first, of a direction that changes no residual.
 NULL_SINGULAR_VALUE = {jnp.dtype("float64"): 1e-7, jnp.dtype("float32"): 1e-4}

@@ -13,7 +13,6 @@ def loss(params, x):
 
 import inspect
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -24,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
-from jaxode._checks.caller import arg, public
+from jaxode._checks.caller import public
+from jaxode._checks.event_shapes import as_event_shape, as_period, radius_of
 from jaxode._checks.rules import is_known
 from jaxode._jax.precision import at_precision
 
@@ -281,36 +281,6 @@ def torus(event_shape: int | tuple[int, ...], period: Any = 2 * math.pi) -> Toru
     """
     shape = as_event_shape(event_shape)
     return Torus(shape, as_period(period, shape))
-
-
-def radius_of(period: tuple[float, ...]) -> np.ndarray:
-    """Of the circle of each angle, `period / (2 pi)`, and one where the period is infinite."""
-    return np.where(np.isfinite(period), np.asarray(period) / (2 * math.pi), 1.0)
-
-
-def as_period(period: Any, shape: tuple[int, ...]) -> tuple[float, ...]:
-    """The period of each coordinate."""
-    try:
-        periods = np.broadcast_to(np.asarray(period, float), shape)
-    except (TypeError, ValueError):
-        periods = np.zeros(1)
-    if not (periods > 0).all():  # false for NaN, too
-        raise ValueError(
-            f"{arg('period')} must be positive numbers that broadcast to {shape}, infinite for "
-            f"coordinates that are no angles; got {period!r}."
-        )
-    return tuple(map(float, periods.reshape(-1)))
-
-
-def as_event_shape(event_shape: Any, name: str = "event_shape") -> tuple[int, ...]:
-    """The shape of an event, the argument `name`, as a tuple. An integer stands for a vector."""
-    try:
-        shape = tuple(map(operator.index, np.atleast_1d(event_shape)))
-    except TypeError:
-        shape = (0,)
-    if not all(size > 0 for size in shape):
-        raise ValueError(f"{arg(name)} must be positive integers; got {event_shape!r}.")
-    return shape
 
 
 def _check_events(z: Float[Array, "..."], event: tuple[int, ...]) -> None:

@@ -39,22 +39,22 @@ from jaxode._checks.samples import (
     check_weights,
 )
 from jaxode._jax.closure import hash_of
+from jaxode.coupling import Coupling, independent
+from jaxode.divergence import Divergence
 from jaxode.flows import compiled, reverse_kl
 from jaxode.flows.bases import BaseDensity, has_edge
 from jaxode.flows.chunks import Chunks, in_chunks
-from jaxode.flows.coupling import Coupling, independent
-from jaxode.flows.divergence import Divergence
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
 from jaxode.flows.periods import period_faults
-from jaxode.flows.regularizers import Regularizer
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import Completed, VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solution import Solution, report
 from jaxode.ode.system import System, argument_faults, make_system
+from jaxode.regularizers import Regularizer
 
 # What is carried to the other end: data, base samples from the user, or samples of the base.
 Samples = Literal["x", "z", "base"]

@@ -5,14 +5,14 @@ from typing import Any, Literal
 from jaxode._checks.arguments import check_bool, check_number, one_of
 from jaxode._checks.caller import public
 from jaxode._checks.rules import TIME
+from jaxode.divergence import Divergence, auto
 from jaxode.flows.bases import BaseDensity, as_base, has_full_support
 from jaxode.flows.centered import Centered
 from jaxode.flows.cnf import CNF
-from jaxode.flows.divergence import Divergence, auto
-from jaxode.flows.regularizers import Regularizer, check_regularizers
 from jaxode.ode.field import Completed, VectorField, check_field
 from jaxode.ode.options import SolveOptions
 from jaxode.ode.solve import check_implicit
+from jaxode.regularizers import Regularizer, check_regularizers
 
 
 @public("cnf")

@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import is_number, one_of
 from jaxode._checks.caller import arg, caller, public
+from jaxode._checks.event_shapes import as_event_shape
 from jaxode._checks.rules import FROM_NOISE, Faults
-from jaxode.flows.bases import DiagonalNormal, as_event_shape
+from jaxode.flows.bases import DiagonalNormal
 from jaxode.ode.field import Completed, Field, VectorField, check_field
 
 Model = Callable[[Float[Array, ""], Float[Array, " *event"], Any], Float[Array, " *event"]]

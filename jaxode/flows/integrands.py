@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import check_scalar
 from jaxode._checks.caller import public
-from jaxode.flows.divergence import Divergence, FieldAt
-from jaxode.flows.regularizers import Regularizer
+from jaxode.divergence import Divergence, FieldAt
 from jaxode.ode.field import VectorField, of_row
+from jaxode.regularizers import Regularizer
 
 # The scale of a score in a state: its absolute tolerance is ten times that of the samples. With the
 # same, it would take half as many steps again, for errors far below the noise of a gradient.

@@ -44,8 +44,8 @@ from jaxode._checks.samples import (
 )
 from jaxode._checks.times import check_times
 from jaxode._jax.sharding import row_count, row_numbers, vary_alike
+from jaxode.coupling import Coupling
 from jaxode.flows.bases import BaseDensity, Torus
-from jaxode.flows.coupling import Coupling
 from jaxode.flows.embedding import embedded
 from jaxode.flows.keys import of_each_row
 from jaxode.flows.periods import Turns, off_period, turns_of

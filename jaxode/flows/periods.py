@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.rules import PERIODIC, Faults
 from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import axes_of, vary
+from jaxode.divergence import FieldAt
 from jaxode.flows.bases import BaseDensity, Torus
-from jaxode.flows.divergence import FieldAt
 from jaxode.ode.field import VectorField, of_row
 from jaxode.ode.system import System
 

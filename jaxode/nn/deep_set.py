@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jaxode._checks.arguments import floating, integer
 from jaxode._checks.caller import public
 from jaxode._checks.samples import check_key
+from jaxode.nn.base import Dense, draws
 from jaxode.nn.mixer import rows
-from jaxode.nn.network import Dense, draws
 from jaxode.nn.residual import saturated
 
 SMALLEST = 1e-4  # deviation of points, in standardized units

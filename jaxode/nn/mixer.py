@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
+from jaxode._checks.event_shapes import as_event_shape
 from jaxode._checks.samples import check_key
-from jaxode.flows.bases import as_event_shape
-from jaxode.nn.network import WAVES, Dense, Network, draws, encoded_context, parts
+from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, parts
 from jaxode.nn.residual import saturated
 
 

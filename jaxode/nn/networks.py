@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
+from jaxode._checks.event_shapes import as_event_shape
 from jaxode._checks.samples import check_key
 from jaxode._jax.elementwise import is_elementwise
-from jaxode.flows.bases import as_event_shape
-from jaxode.nn.network import Dense, Network, draws
+from jaxode.nn.base import Dense, Network, draws
 from jaxode.ode.field import Completed, Field
 
 

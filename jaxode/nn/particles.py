@@ -16,7 +16,7 @@ from jaxode._checks.arguments import check_bool, check_number, integer
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
-from jaxode.nn.network import WAVES, Dense, Network, Symmetric, draws
+from jaxode.nn.base import WAVES, Dense, Network, Symmetric, draws
 
 
 class _Places(NamedTuple):

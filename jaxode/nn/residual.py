@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
+from jaxode._checks.event_shapes import as_event_shape, as_period, radius_of
 from jaxode._checks.samples import check_key
-from jaxode.flows.bases import as_event_shape, as_period, radius_of
-from jaxode.nn.network import WAVES, Dense, Network, draws, encoded_context, parts
+from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, parts
 
 # Activations before the output stay below this. Near the data they are below 10.
 LARGEST_ACTIVATION = 20.0

@@ -29,8 +29,8 @@ from jaxode._jax.tangents import instantiate_zeros, undifferentiated_unless, wit
 from jaxode.ode.adjoints.base import ended
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.crossing import Crossing
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import replace_rows
 
 UP_TO_SECOND = (
@@ -84,10 +84,10 @@ class Event(eqx.Module):
 def solve_to_event(
     event: Event,
     condition: Any,
-    problem: Problem,
+    problem: InitialValueProblem,
     stepper: Stepper,
     adjoint: Any,
-) -> tuple[Problem, Integration]:
+) -> tuple[InitialValueProblem, Integration]:
     """Solve the problem up to the event of each row, where `condition(t, y, args)` is zero."""
     crossing = jax.lax.stop_gradient(Crossing(condition, event.direction))
     out = adjoint.integrate(problem, dataclasses.replace(stepper, stop=crossing))
@@ -99,7 +99,7 @@ def solve_to_event(
     return problem._replace(t1=t1), out._replace(y1=y1)
 
 
-def _moved(condition: Callable[..., Array], came, problem: Problem, out: Integration):
+def _moved(condition: Callable[..., Array], came, problem: InitialValueProblem, out: Integration):
     """The time of the event or the end, and the state there, both with their derivatives."""
     good = jnp.where(came.any(), came, out.result == Result.SUCCESS)
     shared, row_args = problem.args

@@ -19,9 +19,9 @@ from jaxode._checks.errors import Result
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.rows import entry_of_each, reduce_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
 
@@ -83,7 +83,7 @@ class Cuts(NamedTuple):
     """Whether it is no padding."""
 
     @classmethod
-    def of(cls, problem: Problem, times=None, breakpoints=None) -> "Cuts":
+    def of(cls, problem: InitialValueProblem, times=None, breakpoints=None) -> "Cuts":
         """At the `times` of jumps, and at the breakpoints between the ends of each row."""
         start, end = problem.t0[None], problem.t1[None]
         times = start[:0] if times is None else times
@@ -111,9 +111,9 @@ class Cuts(NamedTuple):
 class Pieces(NamedTuple):
     """Options for solving a problem piece by piece."""
 
-    solve: Callable[[Problem], tuple[Problem, Integration]]
+    solve: Callable[[InitialValueProblem], tuple[InitialValueProblem, Integration]]
     """Solves a piece, and returns it with its end."""
-    problem: Problem
+    problem: InitialValueProblem
     stepper: Stepper
     cuts: Cuts
     at_jump: Change | None
@@ -123,7 +123,7 @@ class Pieces(NamedTuple):
 
     def run(
         self, valid: Bool[Array, " rows"]
-    ) -> tuple[Problem, Integration, Float[Array, "pieces rows"]]:
+    ) -> tuple[InitialValueProblem, Integration, Float[Array, "pieces rows"]]:
         """Scan over the pieces of each row, which end at the next cut, or at an event.
 
         The times of both have derivatives. They are the start of the next piece, so those of what
@@ -228,7 +228,7 @@ class _Carry(NamedTuple):
     """The step to try first, or NaN."""
 
     @classmethod
-    def start(cls, problem: Problem, valid: Bool[Array, " rows"]) -> "_Carry":
+    def start(cls, problem: InitialValueProblem, valid: Bool[Array, " rows"]) -> "_Carry":
         t, y, ys, none = problem.t0, problem.y0, problem.ts, jnp.zeros(valid.shape, jnp.int32)
         ys = None if ys is None else jnp.broadcast_to(y, (len(ys), *y.shape))
         result = jnp.where(valid, Result.SUCCESS, Result.INVALID_ARGUMENT).astype(jnp.int32)
@@ -268,7 +268,7 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     return is_jump, number, jnp.where(last < 0, start[None], latest)
 
 
-def _after(problem: Problem, start, index) -> Bool[Array, "times rows"]:
+def _after(problem: InitialValueProblem, start, index) -> Bool[Array, "times rows"]:
     """Which outputs, of those that are no padding, lie beyond the start of a piece."""
     after = beyond(problem, start) | (index == 0)
     return after if problem.outputs is None else after & (_indices(after) < problem.outputs[None])
@@ -279,7 +279,9 @@ def _indices(of_times: Shaped[Array, "times rows"]) -> Int[Array, "times 1"]:
     return jnp.arange(len(of_times), dtype=jnp.int32)[:, None]
 
 
-def _with_outputs(part: Problem, inside: Bool[Array, "times rows"]) -> Problem:
+def _with_outputs(
+    part: InitialValueProblem, inside: Bool[Array, "times rows"]
+) -> InitialValueProblem:
     """The piece with these outputs, or one at its end where there are none; the rest is padding."""
     assert part.ts is not None
     count, first = inside.sum(axis=0, dtype=jnp.int32), jnp.argmax(inside, axis=0)

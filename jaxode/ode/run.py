@@ -12,9 +12,9 @@ from jaxode._jax.closure import close_field
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.dense import Interpolant
 from jaxode.ode.events import solve_to_event
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond, padded
-from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.pieces import Cuts, Pieces
 from jaxode.ode.solution import Solution
 from jaxode.ode.system import Ravel, System, change_on_rows, condition_on_rows, to_problem
@@ -56,7 +56,7 @@ def run(system: System) -> Solution:
     return Solution(y1, system.ts, ys, stats, result, t_reached, t1, came, interpolant)
 
 
-def _integrate(system: System, problem: Problem, stepper: Stepper, ravel: Ravel):
+def _integrate(system: System, problem: InitialValueProblem, stepper: Stepper, ravel: Ravel):
     """The problem up to its end or event, its integration, and where each piece ends."""
     args = eqx.combine(problem.args, (system.shared, system.row_args))
     event, jumps = system.event, system.jumps
@@ -67,7 +67,7 @@ def _integrate(system: System, problem: Problem, stepper: Stepper, ravel: Ravel)
         *given, _ = vary(given, axes_of(given))
         return close_field(stepper.precision, change_on_rows(system, ravel, of), *given)[0]
 
-    def solve_piece(problem: Problem) -> tuple[Problem, Integration]:
+    def solve_piece(problem: InitialValueProblem) -> tuple[InitialValueProblem, Integration]:
         return problem, system.adjoint.integrate(problem, stepper)
 
     most = 0

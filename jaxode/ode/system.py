@@ -28,7 +28,7 @@ from jaxode._checks.times import check_breakpoint_times, check_jump_times, check
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import SystemField, call_field
-from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None
@@ -142,7 +142,7 @@ def argument_faults(system: System) -> Faults:
     ragged = any(t is not None and t.ndim == dim for t, dim in dims)
     rows = jax.tree.leaves(system.y0)[0].shape[0] if ragged else 1
     t0, t1, ts = system.on_rows(rows)
-    problem = Problem(None, None, system.y0, t0, t1, ts)
+    problem = InitialValueProblem(None, None, system.y0, t0, t1, ts)
     return solve_faults(problem, system.stepper.controller, **system.cuts_on_rows(rows))
 
 
@@ -255,7 +255,7 @@ def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
     return call
 
 
-def to_problem(system: System) -> tuple[Problem, Stepper, Ravel]:
+def to_problem(system: System) -> tuple[InitialValueProblem, Stepper, Ravel]:
     """The problem on rows, its stepper, and the map to rows. Traces the field once.
 
     A batch with joint steps has one row, and so has a single system, which is one sample.
@@ -275,5 +275,5 @@ def to_problem(system: System) -> tuple[Problem, Stepper, Ravel]:
         outputs = jnp.argmax(ts == ts[-1:], axis=0).astype(jnp.int32) + 1
     if system.breakpoints is not None:
         piece = jax.lax.stop_gradient(jnp.stack([t0, t1], axis=1))
-    problem = Problem(closed, arrays, start, t0, t1, ts, outputs, piece=piece)
+    problem = InitialValueProblem(closed, arrays, start, t0, t1, ts, outputs, piece=piece)
     return problem, stepper, ravel

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxode._checks.caller import arg
-from jaxode.petab.field import ModelField
 from jaxode.petab.formulas import Names, evaluate
-from jaxode.petab.model import Model
 from jaxode.petab.parameters import Entries, Parameters
+from jaxode.petab.sbml_field import ModelField
+from jaxode.petab.sbml_model import Model
 from jaxode.petab.tables import Tables
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jaxode._checks.arguments import numbers
 from jaxode._checks.caller import arg
-from jaxode.series.network import Seen
+from jaxode.series.series_network import Seen
 
 LAGS = 1, 2, 4, 8, 16  # in values of a channel, of the pairs that its recall starts from
 LOG_RATES = np.linspace(-4.0, 4.0, 17)  # of its decay, in median spans

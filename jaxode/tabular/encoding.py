@@ -14,8 +14,8 @@ from jaxode._jax.closure import compiled
 from jaxode.density.maps.box import Box
 from jaxode.density.noise import in_unit
 from jaxode.tabular import frames
-from jaxode.tabular.columns import Column
-from jaxode.tabular.periodic import TURN
+from jaxode.tabular.columns.column import Column
+from jaxode.tabular.columns.periodic import TURN
 from jaxode.training.sources import Rows
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode._checks.caller import arg
-from jaxode.tabular.multiples import LARGEST
+from jaxode.tabular.columns.multiples import LARGEST
 
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 

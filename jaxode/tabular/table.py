@@ -15,11 +15,12 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.precision import single_precision
 from jaxode.density.density import Density
-from jaxode.tabular import categorical, curves, frames
+from jaxode.tabular import categorical, frames
 from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.encoding import Encoded, Encoder, with_noise
 from jaxode.tabular.impute import impute
-from jaxode.tabular.predictions import Predictive
+from jaxode.tabular.predictions import curves
+from jaxode.tabular.predictions.predictive import Predictive
 
 DRAWS = 8  # of the noise, in the log-probability of a row
 ROWS_OF_LOG_PROB = 10_000  # at a time

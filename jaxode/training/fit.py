@@ -26,14 +26,14 @@ from jaxode._checks.arguments import (
 from jaxode._checks.caller import public
 from jaxode._checks.rules import POSITIVE
 from jaxode._checks.samples import check_key
+from jaxode.coupling import Coupling, independent
 from jaxode.density.density import Density, check_period
 from jaxode.density.maps import FITS
-from jaxode.density.maps.arguments import fitted
+from jaxode.density.maps.bind_arguments import fitted
 from jaxode.density.maps.chain import Chain
 from jaxode.density.noise import Noise
 from jaxode.flows.bases import fixed_columns
 from jaxode.flows.cnf import CNF
-from jaxode.flows.coupling import Coupling, independent
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.nn import Ensemble
 from jaxode.training.dataset import Dataset

@@ -22,10 +22,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from jaxode._checks.arguments import integer, non_negative, state_dtype
 from jaxode._jax.closure import compiled
 from jaxode._jax.sharding import mean_over, of_device, over_devices, vary
+from jaxode.coupling import Coupling, independent
 from jaxode.density.density import Density
+from jaxode.divergence import Divergence
 from jaxode.flows.cnf import CNF
-from jaxode.flows.coupling import Coupling, independent
-from jaxode.flows.divergence import Divergence
 from jaxode.training.devices import Devices
 from jaxode.training.display import described, show
 from jaxode.training.sources import Rows, Source

@@ -18,7 +18,7 @@ from jaxode import divergence
 from jaxode.auditing import base as of_base
 from jaxode.auditing import checks
 from jaxode.auditing.audited_flow import AuditedFlow
-from jaxode.auditing.divergence import divergence as divergence_check
+from jaxode.auditing.divergence_audit import divergence as divergence_check
 
 KEY = jax.random.key(0)
 FIELDS = {

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxode.estimation import marginal, problem
-from jaxode.estimation.observations import Given, posed
+from jaxode.estimation.observed import observed_system
+from jaxode.estimation.observed.observations import Given, posed
+from jaxode.estimation.populations import marginal
 
-REAL = problem.solve
+REAL = observed_system.solve
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def solved(f, y0, t0, t1, args, *, ts, batch=None, row_args=None, jumps=None, **
 def known_solutions():
     """Within it, estimates use the solutions of fields that are `KnownSolution`."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (problem, marginal):
+        for module in (observed_system, marginal):
             patch.setattr(module, "solve", solved)
         yield
 

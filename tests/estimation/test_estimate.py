@@ -14,10 +14,10 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import curve_fit, minimize_scalar
 
 import jaxode
-from jaxode.estimation import search
-from jaxode.estimation.budget import Budget
-from jaxode.estimation.slopes import smoothed
-from jaxode.estimation.starts import Runs, _cause, ends_of_starts, improved
+from jaxode.estimation.search import levenberg_marquardt
+from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.slopes import smoothed
+from jaxode.estimation.search.starts import Runs, _cause, ends_of_starts, improved
 from jaxode.estimation.uncertainty import is_unlikely
 
 TS = np.linspace(0.1, 3.0, 30)
@@ -675,8 +675,8 @@ def test_an_interrupt_keeps_the_best_so_far(match, call, monkeypatch):
 
     with pytest.warns(UserWarning, match="ended by seconds=0 before it converged"):
         begun = estimated(noise=NOISE, match=False, seconds=0)
-    advanced = search._advanced
-    monkeypatch.setattr(search, "_advanced", interrupted)
+    advanced = levenberg_marquardt._advanced
+    monkeypatch.setattr(levenberg_marquardt, "_advanced", interrupted)
     with pytest.warns(UserWarning, match="ended by Ctrl-C before it converged"):
         found = estimated(noise=NOISE, match=match)
     limits = [int(of_steps[0]) for _, of_steps, *_ in calls[call:]]
@@ -693,13 +693,13 @@ def test_a_search_that_is_cut_short_looks_at_the_starts_again(fitted):
 
 
 def test_an_interrupt_ends_a_profile(fitted, monkeypatch):
-    advanced = search._advanced
+    advanced = levenberg_marquardt._advanced
 
     def interrupted_once(*args):
-        monkeypatch.setattr(search, "_advanced", advanced)
+        monkeypatch.setattr(levenberg_marquardt, "_advanced", advanced)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "_advanced", interrupted_once)
+    monkeypatch.setattr(levenberg_marquardt, "_advanced", interrupted_once)
     with pytest.raises(KeyboardInterrupt):
         fitted.profile(lambda params: params["rate"], jnp.ones(1))
 

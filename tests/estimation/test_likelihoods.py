@@ -12,8 +12,8 @@ from helpers import with_slow
 from scipy import optimize, stats
 
 import jaxode
-from jaxode.estimation.likelihoods import LIKELIHOODS
-from jaxode.estimation.starts import _cause
+from jaxode.estimation.observed.likelihoods import LIKELIHOODS
+from jaxode.estimation.search.starts import _cause
 
 RNG = np.random.default_rng(1)
 TS = np.linspace(0.2, 6.0, 30)

@@ -7,11 +7,11 @@ import pytest
 from closed_forms import DECAY, KnownSolution, posed_problem
 from scipy import stats
 
-from jaxode.estimation.budget import Budget
-from jaxode.estimation.objectives import of_observations
-from jaxode.estimation.slopes import OfSlopes, match_slopes
-from jaxode.estimation.starts import _end
-from jaxode.estimation.tolerances import sizes_of_states
+from jaxode.estimation.observed.tolerances import sizes_of_states
+from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.objectives import of_observations
+from jaxode.estimation.search.slopes import OfSlopes, match_slopes
+from jaxode.estimation.search.starts import _end
 
 TS = np.linspace(0.5, 4.0, 8)
 YS = 2.0 * np.exp(-0.5 * TS) + 0.1 * np.cos(5 * TS)

@@ -11,10 +11,10 @@ from helpers import with_slow
 from scipy import optimize, stats
 
 import jaxode
-from jaxode.estimation import maximum
-from jaxode.estimation.marginal import Evaluated, evaluated
-from jaxode.estimation.maximum import Maximum, PopulationLikelihood, Total
-from jaxode.estimation.population import _described, _doses, _Given, _posed
+from jaxode.estimation.populations import maximum
+from jaxode.estimation.populations.marginal import Evaluated, evaluated
+from jaxode.estimation.populations.maximum import Maximum, PopulationLikelihood, Total
+from jaxode.estimation.populations.population import _described, _doses, _Given, _posed
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)

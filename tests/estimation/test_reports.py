@@ -11,10 +11,10 @@ import pytest
 from closed_forms import DECAY, posed_problem
 from scipy import optimize, stats
 
-from jaxode.estimation.bounds import names
-from jaxode.estimation.budget import Budget
 from jaxode.estimation.estimate import _described
-from jaxode.estimation.starts import Ends, Runs
+from jaxode.estimation.observed.bounds import names
+from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.starts import Ends, Runs
 from jaxode.estimation.uncertainty import covariance_without_bounds, gain_left, uncertainty
 
 TS = np.linspace(0.1, 3.0, 30)

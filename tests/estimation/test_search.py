@@ -6,11 +6,11 @@ import pytest
 from closed_forms import DECAY, posed_problem
 from jaxtyping import Array, Float
 
-from jaxode.estimation import starts as starts_of
-from jaxode.estimation.budget import Budget
-from jaxode.estimation.objectives import Objective
-from jaxode.estimation.search import Box, Fits, minimize
-from jaxode.estimation.starts import Ends, Runs, _astray, _distinct, ends_of_starts, improved
+from jaxode.estimation.search import starts as starts_of
+from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import Box, Fits, minimize
+from jaxode.estimation.search.objectives import Objective
+from jaxode.estimation.search.starts import Ends, Runs, _astray, _distinct, ends_of_starts, improved
 
 
 class Line(Objective):

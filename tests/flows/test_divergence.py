@@ -10,7 +10,7 @@ from helpers import OPTIMIZED, with_slow
 
 import jaxode
 from jaxode import divergence
-from jaxode.flows.divergence import TANGENTS_AT_ONCE, FieldAt
+from jaxode.divergence import TANGENTS_AT_ONCE, FieldAt
 from jaxode.nn import ConcatSquash
 
 D = 6

@@ -11,7 +11,7 @@ from helpers import with_slow
 
 import jaxode
 from jaxode import divergence, nn
-from jaxode.flows.divergence import FieldAt
+from jaxode.divergence import FieldAt
 from jaxode.ode.field import Field
 
 

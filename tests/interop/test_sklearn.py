@@ -22,7 +22,7 @@ from untrained import without_training
 
 from jaxode import tabular
 from jaxode.sklearn import FlowDensity, FlowRegressor
-from jaxode.tabular import training
+from jaxode.tabular import fit_table
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 FEW = {"steps": 20, "members": 1, "random_state": 0}
@@ -94,7 +94,7 @@ def fit_lines(frame, **options):
     """In place of `tabular.fit`, with its checks of a frame. Does not depend on a key."""
     nothing = lambda *_: (None, [])
     with mock.patch.multiple(
-        training, _train_categories=nothing, _train_numbers=nothing, _moments=nothing
+        fit_table, _train_categories=nothing, _train_numbers=nothing, _moments=nothing
     ):
         table, points = FIT(frame, **options)
     return Lines.of(table.encoder, frame), points

@@ -17,11 +17,11 @@ from scipy.integrate import solve_ivp
 from scipy.stats import kstest, laplace, norm, truncnorm, uniform
 
 import jaxode
-from jaxode.petab.field import ModelField
 from jaxode.petab.formulas import Names, degree_in_time, evaluate, parsed
-from jaxode.petab.model import read_model
 from jaxode.petab.observables import Observable, placeholders_of
 from jaxode.petab.parameters import Parameters
+from jaxode.petab.sbml_field import ModelField
+from jaxode.petab.sbml_model import read_model
 
 # Two species in a compartment of size 2, of which A is fed until t = 3. B is an amount.
 REACTIONS = {

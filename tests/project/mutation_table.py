@@ -26,12 +26,12 @@ FIRST = {
     "_jax/vmap_rule": ("tests/ode/test_vmap.py", "tests/test_transforms.py"),
     "auditing": ("tests/auditing",),
     "calibration": ("tests/calibration",),
-    "flows/coupling": ("tests/flows/test_coupling.py",),
+    "coupling": ("tests/flows/test_coupling.py",),
     "density": ("tests/density",),
     "density/contexts": ("tests/density/test_context.py", "tests/density/test_embed.py"),
     "density/density": ("tests/density/test_density.py", "tests/density/test_support.py"),
     "density/maps": ("tests/density/test_standardize.py",),
-    "density/maps/columns": ("tests/flows/test_torus.py", "tests/tabular/test_periodic.py"),
+    "density/maps/some_columns": ("tests/flows/test_torus.py", "tests/tabular/test_periodic.py"),
     "density/maps/box": ("tests/density/test_support.py",),
     "density/maps/chain": ("tests/density/test_support.py",),
     "density/maps/of_": ("tests/interop/test_interop.py",),
@@ -44,7 +44,7 @@ FIRST = {
     "training/loop": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
     "flows/diffusion": ("tests/flows/test_probability_flow.py",),
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
-    "flows/divergence": ("tests/flows/test_divergence.py",),
+    "divergence": ("tests/flows/test_divergence.py",),
     "flows": ("tests/flows/test_flow_features.py", "tests/flows"),
     "flows/matching": ("tests/flows/test_matching.py", "tests/flows/test_torus.py"),
     "flows/periods": ("tests/flows/test_torus.py",),
@@ -70,7 +70,7 @@ FIRST = {
     "ode/loop/crossing": ("tests/ode/test_events.py",),
     "ode/loop/integrate": ("tests/ode/test_events.py",),
     "ode/loop/outputs": ("tests/ode/test_events.py", "tests/ode/test_solve.py"),
-    "ode/loop/problem": ("tests/ode/test_breakpoints.py",),
+    "ode/loop/initial_value_problem": ("tests/ode/test_breakpoints.py",),
     "ode/loop/trajectory": ("tests/ode/test_discrete.py", "tests/ode/test_rows.py"),
     "ode/loop/step_tangents": ("tests/ode/test_discrete.py", "tests/ode/test_adjoints.py"),
     "ode/loop/checkpoints": ("tests/ode/test_discrete.py",),
@@ -92,35 +92,41 @@ FIRST = {
     "ode/roots": ("tests/ode/test_steady.py",),
     "ode/interpolations": ("tests/ode/test_interpolations.py",),
     "estimation": ("tests/estimation",),
-    "estimation/bounds": (
+    "estimation/observed/bounds": (
         "tests/estimation/test_reports.py",
         "tests/estimation/test_likelihoods.py",
     ),
-    "estimation/budget": ("tests/estimation/test_reports.py",),
-    "estimation/display": ("tests/estimation/test_reports.py", "tests/estimation/test_estimate.py"),
+    "estimation/search/budget": ("tests/estimation/test_reports.py",),
+    "estimation/search/progress_lines": (
+        "tests/estimation/test_reports.py",
+        "tests/estimation/test_estimate.py",
+    ),
     "estimation/estimate": ("tests/estimation/test_reports.py",),
-    "estimation/likelihoods": ("tests/estimation/test_likelihoods.py",),
-    "estimation/marginal": ("tests/estimation/test_population.py",),
-    "estimation/maximum": ("tests/estimation/test_population.py",),
-    "estimation/objectives": ("tests/estimation/test_objectives.py",),
-    "estimation/observations": (
+    "estimation/observed/likelihoods": ("tests/estimation/test_likelihoods.py",),
+    "estimation/populations/marginal": ("tests/estimation/test_population.py",),
+    "estimation/populations/maximum": ("tests/estimation/test_population.py",),
+    "estimation/search/objectives": ("tests/estimation/test_objectives.py",),
+    "estimation/observed/observations": (
         "tests/estimation/test_objectives.py",
         "tests/estimation/test_estimate.py",
     ),
-    "estimation/population": ("tests/estimation/test_population.py",),
+    "estimation/populations/population": ("tests/estimation/test_population.py",),
     "estimation/prediction": (
         "tests/estimation/test_reports.py",
         "tests/estimation/test_estimate.py",
     ),
-    "estimation/problem": ("tests/estimation/test_objectives.py",),
+    "estimation/observed/observed_system": ("tests/estimation/test_objectives.py",),
     "estimation/profiles": ("tests/estimation/test_estimate.py",),
-    "estimation/search": ("tests/estimation/test_search.py",),
-    "estimation/slopes": (
+    "estimation/search/levenberg_marquardt": ("tests/estimation/test_search.py",),
+    "estimation/search/slopes": (
         "tests/estimation/test_objectives.py",
         "tests/estimation/test_estimate.py",
     ),
-    "estimation/starts": ("tests/estimation/test_search.py", "tests/estimation/test_objectives.py"),
-    "estimation/tolerances": (
+    "estimation/search/starts": (
+        "tests/estimation/test_search.py",
+        "tests/estimation/test_objectives.py",
+    ),
+    "estimation/observed/tolerances": (
         "tests/estimation/test_objectives.py",
         "tests/estimation/test_population.py",
     ),
@@ -133,10 +139,10 @@ FIRST = {
     "tabular": ("tests/tabular",),
     "tabular/encoding": ("tests/tabular/test_columns.py", "tests/tabular/test_table.py"),
     "tabular/impute": ("tests/tabular/test_table.py",),
-    "tabular/columns": ("tests/tabular/test_columns.py",),
-    "tabular/several_grids": ("tests/tabular/test_predictions.py",),
-    "tabular/predictions": ("tests/tabular/test_predictions.py",),
-    "flows/regularizers": ("tests/flows/test_flow_features.py",),
+    "tabular/columns/column": ("tests/tabular/test_columns.py",),
+    "tabular/predictions/several_grids": ("tests/tabular/test_predictions.py",),
+    "tabular/predictions/predictive": ("tests/tabular/test_predictions.py",),
+    "regularizers": ("tests/flows/test_flow_features.py",),
     "training/files": ("tests/training/test_files.py",),
 }
 
@@ -203,7 +209,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Samples that do not fit their density pass.
     ("auditing/base.py", "IMBALANCE = 6.0", "IMBALANCE = 600.0"),
     # A right divergence with probes is condemned for its noise.
-    ("auditing/divergence.py", "- 5 * noise, 0.0)", "+ 5 * noise, 0.0)"),
+    ("auditing/divergence_audit.py", "- 5 * noise, 0.0)", "+ 5 * noise, 0.0)"),
     # Ranks are those from above, so that faults have the wrong sign.
     ("calibration/ranks.py", "samples < theta[None]", "samples > theta[None]"),
     # Posteriors that are too narrow seem too wide.
@@ -241,9 +247,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Steps do not end at a periodic switch, which is not refused.
     ("petab/formulas.py", "linear.get(formula.function) else None", "formula.function else None"),
     # Laws of one form that are not beside each other change others' states.
-    ("petab/field.py", "model.stoichiometry[:, order]", "model.stoichiometry"),
+    ("petab/sbml_field.py", "model.stoichiometry[:, order]", "model.stoichiometry"),
     # A concentration changes as fast as an amount.
-    ("petab/field.py", " / numbers[self._sizes]", ""),
+    ("petab/sbml_field.py", " / numbers[self._sizes]", ""),
     # The last condition that holds decides, instead of the first.
     ("petab/formulas.py", "reversed(range(0, len(parts) - 1, 2))", "range(0, len(parts) - 1, 2)"),
     ("petab/formulas.py", "jnp.log(x) / jnp.log(base)", "jnp.log(base) / jnp.log(x)"),
@@ -256,11 +262,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The logarithm of a measurement of zero makes all likelihoods NaN.
     ("petab/measurements.py", "(measured > 0) | ~logarithmic", "(measured >= 0) | ~logarithmic"),
     # Two molecules react as one.
-    ("petab/model.py", "sign * each.getStoichiometry()", "sign"),
+    ("petab/sbml_model.py", "sign * each.getStoichiometry()", "sign"),
     # An amount is taken for a concentration.
-    ("petab/model.py", 'Formula("DIVIDE", (value, size))', "value"),
+    ("petab/sbml_model.py", 'Formula("DIVIDE", (value, size))', "value"),
     # A model is solved without its events.
-    ("petab/model.py", "if parts := list(_unread(model)):", "if parts := []:"),
+    ("petab/sbml_model.py", "if parts := list(_unread(model)):", "if parts := []:"),
     # Likelihoods of logarithmic observables lack the change of variables.
     ("petab/observables.py", "jnp.log(measured) + math.log(SCALES[self.scale])",
      "jnp.zeros_like(measured)"),
@@ -279,14 +285,15 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Natural logarithms count as those to base 10.
     ("petab/parameters.py", '"log": 1.0', '"log": math.log(10)'),
     # An estimate has another likelihood than `Problem.nll`.
-    ("petab/problem.py", "found.nll + channels.shift", "found.nll - channels.shift"),
+    ("petab/petab_problem.py", "found.nll + channels.shift", "found.nll - channels.shift"),
     # An estimate forgets the priors of the table.
-    ("petab/problem.py", '{"prior": self.prior} if self.prior(self.nominal)',
+    ("petab/petab_problem.py", '{"prior": self.prior} if self.prior(self.nominal)',
      '{"prior": self.prior} if not self.prior(self.nominal)'),
     # A problem is solved from the start of the model, not from its steady state.
-    ("petab/problem.py", "jnp.where(self._kept, settled[experiments.before_of, 0], y0)", "y0"),
+    ("petab/petab_problem.py",
+     "jnp.where(self._kept, settled[experiments.before_of, 0], y0)", "y0"),
     # A state that drifts counts as steady.
-    ("petab/problem.py", "moving = rests & jnp.any(", "moving = ~rests & jnp.any("),
+    ("petab/petab_problem.py", "moving = rests & jnp.any(", "moving = ~rests & jnp.any("),
     # A finite time beyond 1e8 becomes that.
     ("petab/measurements.py", "np.where(at == np.inf, last, at)", "np.minimum(at, SETTLED)"),
     # A table that a spreadsheet has written lacks its first column.
@@ -294,10 +301,10 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Of conditions of one name, the last stands for all.
     ("petab/tables.py", "if names.count(name) > 1:", "if names.count(name) > len(names):"),
     # A shorter series ends at time zero.
-    ("series/frames.py", "np.tile(times[ends - 1][:, None], (1, counts.max()))",
+    ("series/long_tables.py", "np.tile(times[ends - 1][:, None], (1, counts.max()))",
      "np.zeros((len(counts), counts.max()))"),
     # Lines of one time are not told from each other.
-    ("series/frames.py", "np.lexsort((times, place))", 'np.argsort(place, kind="stable")'),
+    ("series/long_tables.py", "np.lexsort((times, place))", 'np.argsort(place, kind="stable")'),
     # Densities of several channels lack a determinant.
     ("series/mixture.py", "log_det = log_det + 0.5 * jnp.log(square)", "pass"),
     # A channel that was not observed counts.
@@ -306,42 +313,44 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/mixture.py", "return self.sd**2 + jnp.sum(self.loading**2, axis=1)[None]",
      "return self.sd**2"),
     # A level near 1 loses its digits.
-    ("series/model.py", "np.stack([levels.ravel(), 1 - levels.ravel()], axis=1)",
+    ("series/series_model.py", "np.stack([levels.ravel(), 1 - levels.ravel()], axis=1)",
      "np.stack([levels.ravel(), 1 - np.float32(levels.ravel())], axis=1)"),
     # Draws reach far beyond the range of training.
     ("series/mixture.py", "jnp.clip(ys[jnp.argmax(inside)], low, high)",
      "ys[jnp.argmax(inside)]"),
     # A density is not that in the units of the data.
-    ("series/model.py", "nats - (seen.there * np.log(self.units.sd))",
+    ("series/series_model.py", "nats - (seen.there * np.log(self.units.sd))",
      "nats + (seen.there * np.log(self.units.sd))"),
     # All draws of a row jump by no values.
-    ("series/model.py", "network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y",
+    ("series/series_model.py", "network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y",
      "network.jumped(state, mixture, y, jnp.zeros(y.shape, bool)), y"),
     # A channel that was never seen has a recent value.
-    ("series/model.py", "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
+    ("series/series_model.py",
+     "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
     # An observation without a channel is one with its mean.
-    ("series/network.py", "jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)",
+    ("series/series_network.py",
+     "jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)",
      "y, jnp.where(there, 0.0, state.since)"),
     # A time without values changes the state.
-    ("series/network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
+    ("series/series_network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
     # A jump counts its gap since the oldest of the last values.
-    ("series/network.py", "since = jnp.min(state.since)", "since = jnp.max(state.since)"),
+    ("series/series_network.py", "since = jnp.min(state.since)", "since = jnp.max(state.since)"),
     # A time without values goes back from the last one.
     ("series/units.py", "np.where(blank, last_observed(ts, ys)[:, None], ts)",
      "np.minimum(ts, last_observed(ts, ys)[:, None])"),
     # The waves of the field turn half as far.
-    ("series/network.py", "angle = jnp.exp(self.frequency) * (0.5 * step)",
+    ("series/series_network.py", "angle = jnp.exp(self.frequency) * (0.5 * step)",
      "angle = jnp.exp(self.frequency) * (0.25 * step)"),
     # A forecast does not decay to the mean.
-    ("series/network.py", "self.recall * jnp.exp(-jnp.exp(self.forget) * state.since)",
+    ("series/series_network.py", "self.recall * jnp.exp(-jnp.exp(self.forget) * state.since)",
      "self.recall"),
     # Training reads the values whose density it maximizes from what is set aside as gaps.
-    ("series/training.py", "some = there & jnp.where", "some = jnp.where"),
+    ("series/fit_series.py", "some = there & jnp.where", "some = jnp.where"),
     # A jump of the user takes the place of the field.
-    ("series/training.py", '"jump": ("jump", jump, (h, seen, None))',
+    ("series/fit_series.py", '"jump": ("jump", jump, (h, seen, None))',
      '"jump": ("jump", None, (h, seen, None))'),
     # What a training returns is its start.
-    ("series/training.py", "return run.best.with_params(plan.devices.from_all(run.best.params))",
+    ("series/fit_series.py", "return run.best.with_params(plan.devices.from_all(run.best.params))",
      "return model.with_params(plan.devices.from_all(model.params))"),
     # Units of the data change what is learnt.
     ("series/units.py", "(np.where(there, ys, self.mean) - self.mean) / self.sd",
@@ -424,7 +433,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "np.minimum(places, sizes - 1 - places)"),
     ("nn/particles.py", "return apart + own + ", "return apart - own + "),
     # Transposed samples pass.
-    ("nn/network.py", "return shape in (self._shape, (size,))", "return math.prod(shape) == size"),
+    ("nn/base.py", "return shape in (self._shape, (size,))", "return math.prod(shape) == size"),
     # Samples far from the data overflow.
     ("nn/residual.py", "LARGEST_ACTIVATION * jnp.tanh(h / LARGEST_ACTIVATION)", "h"),
     # Wrong backwards in time, and so is the next one.
@@ -439,7 +448,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A row with an event counts as having come to its end.
     ("ode/loop/integrate.py", "at_end = at_end & ~stopped", "at_end = at_end"),
     # The field sees the other side of a breakpoint.
-    ("ode/loop/problem.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
+    ("ode/loop/initial_value_problem.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
     # The next piece begins with the first step of a new solve.
     ("ode/pieces.py", "jnp.where(cut.counted & (h != 0), h, carry.h)", "jnp.nan * h"),
     # Padding of jumps counts.
@@ -474,9 +483,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Every activation is elementwise.
     ("_jax/elementwise.py", "elif equation.primitive.name not in LINEAR", "elif not flags"),
     # Maps move angles.
-    ("density/maps/columns.py", "return not set(columns) & set(self.columns)", "return True"),
+    ("density/maps/some_columns.py", "return not set(columns) & set(self.columns)", "return True"),
     # The last cell of a circle reaches into the first.
-    ("tabular/columns.py", "end = np.minimum(end, self.circle.end)", "pass"),
+    ("tabular/columns/column.py", "end = np.minimum(end, self.circle.end)", "pass"),
     # An interpolation may end before the solve.
     ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
@@ -484,41 +493,44 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The distance to a value is not made up for.
     ("estimation/profiles.py", "aims = aims - np.nan_to_num(apart)", "aims = aims"),
     # The gradient is as if the effects of a subject stayed.
-    ("estimation/marginal.py", "by[:count] + down @ moves", "by[:count]"),
+    ("estimation/populations/marginal.py", "by[:count] + down @ moves", "by[:count]"),
     # A start that was replaced counts where it was.
-    ("estimation/search.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
-    ("estimation/search.py", "near = ~row.cut & (", "near = ("),
-    ("estimation/starts.py", "if whole and not with_starts:", "if False:"),
+    ("estimation/search/levenberg_marquardt.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
+    ("estimation/search/levenberg_marquardt.py", "near = ~row.cut & (", "near = ("),
+    ("estimation/search/starts.py", "if whole and not with_starts:", "if False:"),
     # Runs that are misled by the first observations take their starts with them.
-    ("estimation/starts.py", "again = np.full(len(costs), np.isinf(costs).all())",
+    ("estimation/search/starts.py", "again = np.full(len(costs), np.isinf(costs).all())",
      "again = np.isinf(costs) & False"),
     # A start that costs less than the end of its run is dropped.
-    ("estimation/starts.py", "of_starts < costs[alone]", "of_starts < -np.inf"),
+    ("estimation/search/starts.py", "of_starts < costs[alone]", "of_starts < -np.inf"),
     # Errors of others are as if a parameter at its bound were free.
     ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
     # The score of the noise is as if the residuals were one.
-    ("estimation/objectives.py", "append(down_noise /", "append(0 * down_noise /"),
+    ("estimation/search/objectives.py", "append(down_noise /", "append(0 * down_noise /"),
     # Observations that are missing count.
-    ("estimation/problem.py", "return seen & ~jnp.isnan(self.ys)", "return seen & True"),
+    ("estimation/observed/observed_system.py",
+     "return seen & ~jnp.isnan(self.ys)", "return seen & True"),
     # No part of the observations comes first.
-    ("estimation/starts.py", "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
+    ("estimation/search/starts.py",
+     "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
      "len(times)"),
     ("estimation/uncertainty.py", "covariance = scale * inverse", "covariance = inverse"),
     # A start above its upper bound is taken.
-    ("estimation/bounds.py", "(starts < low) | (starts > high)", "starts < low"),
+    ("estimation/observed/bounds.py", "(starts < low) | (starts > high)", "starts < low"),
     # Messages and tables call all numbers of an array by one name.
-    ("estimation/bounds.py", '"".join(f"[{i}]" for i in at)', '""'),
+    ("estimation/observed/bounds.py", '"".join(f"[{i}]" for i in at)', '""'),
     # A second Ctrl-C does not end a search that hangs.
-    ("estimation/budget.py", "            if self.stopped:\n                raise\n", ""),
+    ("estimation/search/budget.py", "            if self.stopped:\n                raise\n", ""),
     # Ctrl-C ends the part of the observations alone, and the search goes on.
-    ("estimation/budget.py", "return self.stopped or time", "return time"),
+    ("estimation/search/budget.py", "return self.stopped or time", "return time"),
     # The end by Ctrl-C is blamed on seconds.
-    ("estimation/budget.py", '"Ctrl-C" if self.stopped', '"Ctrl-C" if False'),
+    ("estimation/search/budget.py", '"Ctrl-C" if self.stopped', '"Ctrl-C" if False'),
     # A search that failed is shown as one that has converged.
-    ("estimation/display.py", "'converged' if converged else", "'converged' if True else"),
+    ("estimation/search/progress_lines.py",
+     "'converged' if converged else", "'converged' if True else"),
     # Two digits of an estimate are shown.
-    ("estimation/display.py", "DIGITS = 5", "DIGITS = 2"),
+    ("estimation/search/progress_lines.py", "DIGITS = 5", "DIGITS = 2"),
     # Criteria do not count the noise that the residuals say.
     ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
     # A search has converged wherever it ends.
@@ -529,7 +541,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "known = values > 0"),
     # A parameter that equal bounds fix counts as one.
     ("estimation/estimate.py", "count = int(box.free.sum())", "count = len(flat)"),
-    ("estimation/observations.py", "int(box.free.sum()))", "flats.shape[1])"),
+    ("estimation/observed/observations.py", "int(box.free.sum()))", "flats.shape[1])"),
     # A band as if parameters at a bound were known.
     ("estimation/estimate.py", "self.params, self._unbounded", "self.params, self.covariance"),
     # Predictions extrapolate inputs.
@@ -543,77 +555,87 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/estimate.py", "errors, starts[alike])", "errors, starts)"),
     ("estimation/estimate.py", "math.log(self._counts[1])", "math.log(self._counts[0])"),
     # Wrong values of the likelihood of counts.
-    ("estimation/likelihoods.py", "            + lgamma(observed + 1)\n",
+    ("estimation/observed/likelihoods.py", "            + lgamma(observed + 1)\n",
      "            + lgamma(observed)\n"),
     # Errors of parameters by a likelihood in logarithms are wrong by a factor.
-    ("estimation/likelihoods.py", "1 / (noise * predicted) ** 2", "1 / noise**2 / predicted"),
-    ("estimation/likelihoods.py", "1 / (mean + mean**2 / k)", "1 / mean"),
+    ("estimation/observed/likelihoods.py",
+     "1 / (noise * predicted) ** 2", "1 / noise**2 / predicted"),
+    ("estimation/observed/likelihoods.py", "1 / (mean + mean**2 / k)", "1 / mean"),
     # The derivative of a noise that is zero where nothing was observed makes all NaN.
-    ("estimation/marginal.py", "missing = jnp.isnan(subject.ys)",
+    ("estimation/populations/marginal.py", "missing = jnp.isnan(subject.ys)",
      "missing = jnp.zeros_like(subject.ys, bool)"),
     # Laplace's method without what the spread tells of the effects.
-    ("estimation/marginal.py", "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
+    ("estimation/populations/marginal.py",
+     "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
     # A dose after the last observation of a subject comes at once.
-    ("estimation/population.py", "(doses > times[:, -1:], jnp.inf", "(doses > times[:, -1:], 0.0"),
+    ("estimation/populations/population.py",
+     "(doses > times[:, -1:], jnp.inf", "(doses > times[:, -1:], 0.0"),
     # Subjects that fill up a part of the population count twice.
-    ("estimation/maximum.py", "np.asarray(found.scores)[: len(members)]",
+    ("estimation/populations/maximum.py", "np.asarray(found.scores)[: len(members)]",
      "np.asarray(found.scores)"),
     # Likelihoods of subjects in another order than the subjects: messages name the wrong one.
-    ("estimation/maximum.py", "Total(np.concatenate(values)[order]",
+    ("estimation/populations/maximum.py", "Total(np.concatenate(values)[order]",
      "Total(np.concatenate(values)"),
     # Steps of any length: a search from a noise that is far too small is lost.
-    ("estimation/maximum.py", "move * min(1.0, longest / length)", "move * 1.0"),
+    ("estimation/populations/maximum.py", "move * min(1.0, longest / length)", "move * 1.0"),
     # Nothing is free: what observations do not determine gets an error.
-    ("estimation/maximum.py", "free = hidden > PART *", "free = hidden > np.inf +"),
+    ("estimation/populations/maximum.py", "free = hidden > PART *", "free = hidden > np.inf +"),
     # The noise goes to zero where few observations can be fitted exactly.
-    ("estimation/objectives.py", "jnp.where(whole, flat, start)", "flat"),
+    ("estimation/search/objectives.py", "jnp.where(whole, flat, start)", "flat"),
     # The prior does not count for a density of the user's own.
-    ("estimation/objectives.py",
+    ("estimation/search/objectives.py",
      "cost = cost + 0.5 * jnp.sum(prior**2)\n        rows =", "rows ="),
     # Tolerances do not go with the unit of the data.
-    ("estimation/tolerances.py", "float(rtol) * size", "float(rtol) + 0 * size"),
+    ("estimation/observed/tolerances.py", "float(rtol) * size", "float(rtol) + 0 * size"),
     # A number of the state that begins at zero is solved as coarsely as the largest start says.
-    ("estimation/tolerances.py", "np.min(np.where(found > 0, found, np.inf), axis=0)",
+    ("estimation/observed/tolerances.py", "np.min(np.where(found > 0, found, np.inf), axis=0)",
      "np.max(found, axis=0)"),
     # A parameter of a population in a large unit is taken for one that nothing determines.
-    ("estimation/maximum.py", "np.diag(hessian), LEAST / units**2)", "np.diag(hessian), LEAST)"),
+    ("estimation/populations/maximum.py",
+     "np.diag(hessian), LEAST / units**2)", "np.diag(hessian), LEAST)"),
     # A deviation of zero is not told.
-    ("estimation/population.py", "none = np.asarray(deviations) <= ZERO *",
+    ("estimation/populations/population.py", "none = np.asarray(deviations) <= ZERO *",
      "none = np.asarray(deviations) < 0 *"),
     # Subjects are counted otherwise than by their deviation.
-    ("estimation/population.py", "@ directions.T, axis=0)", "@ directions.T, axis=0, ddof=1)"),
+    ("estimation/populations/population.py",
+     "@ directions.T, axis=0)", "@ directions.T, axis=0, ddof=1)"),
     # As many observations as parameters say a noise of zero.
-    ("estimation/observations.py", "if used <= count:", "if used < count:"),
+    ("estimation/observed/observations.py", "if used <= count:", "if used < count:"),
     # Half a count is a count.
-    ("estimation/observations.py", "(values < 0) | (values != np.round(values))", "(values < 0)"),
+    ("estimation/observed/observations.py",
+     "(values < 0) | (values != np.round(values))", "(values < 0)"),
     # The criterion by the number of parameters.
-    ("estimation/population.py", "math.log(self._observed)", "math.log(len(self.covariance))"),
+    ("estimation/populations/population.py",
+     "math.log(self._observed)", "math.log(len(self.covariance))"),
     # A deviation that is not determined has an error.
-    ("estimation/population.py", "(slopes[:, unknown] != 0).any(axis=1)",
+    ("estimation/populations/population.py", "(slopes[:, unknown] != 0).any(axis=1)",
      "(slopes[:, unknown] != 0).all(axis=1) & False"),
     # Bands of one deviation in place of 95%.
     ("estimation/prediction.py", "NORMAL_95 = 1.959964", "NORMAL_95 = 1.0"),
     # What is not determined is predicted as if it were known.
     ("estimation/prediction.py", "lost.astype(int) > 0", "lost.astype(int) < 0"),
     # Parts of the observations are solved to the end.
-    ("estimation/problem.py", "jnp.minimum(self.ts, end), None", "self.ts, None"),
+    ("estimation/observed/observed_system.py", "jnp.minimum(self.ts, end), None", "self.ts, None"),
     # A prior does not get the data.
-    ("estimation/problem.py", "self.prior(self.given(params))", "self.prior(params)"),
+    ("estimation/observed/observed_system.py",
+     "self.prior(self.given(params))", "self.prior(params)"),
     # A row that ends makes place for none before all end: the rest is never searched.
-    ("estimation/search.py", "limit = 1 if over else steps + 1", "limit = steps + 1"),
+    ("estimation/search/levenberg_marquardt.py",
+     "limit = 1 if over else steps + 1", "limit = steps + 1"),
     # The distance from the start counts in the result.
-    ("estimation/search.py", "found = objective.local(flat, row.start, quantities, jacobian)\n",
+    ("estimation/search/levenberg_marquardt.py",
+     "found = objective.local(flat, row.start, quantities, jacobian)\n",
      "found = _with_hold(objective.local(flat, row.start, quantities, jacobian), row.hold + 0 * "
      "flat, flat - row.start)\n"),
     # Slopes in another unit of time.
-    ("estimation/slopes.py", "spline.derivative()(at) / unit", "spline.derivative()(at)"),
+    ("estimation/search/slopes.py", "spline.derivative()(at) / unit", "spline.derivative()(at)"),
     # Slopes of what is missing count as if they were observed.
-    ("estimation/slopes.py", "np.where(np.isnan(series), np.inf,",
+    ("estimation/search/slopes.py", "np.where(np.isnan(series), np.inf,",
      "np.where(np.isnan(series), 1.0,"),
     # A start whose end is that of another is lost.
-    ("estimation/starts.py", "to[i] = same[0]", "to[i] = -1"),
+    ("estimation/search/starts.py", "to[i] = same[0]", "to[i] = -1"),
     # Runs are kept however much they cost.
-    ("estimation/starts.py", "else GIVE_UP_FACTOR * least", "else np.inf * least"),
+    ("estimation/search/starts.py", "else GIVE_UP_FACTOR * least", "else np.inf * least"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),
     # Wrong for a field that depends on time.
     ("ode/solvers/explicit.py", "h_bar + c[i] * dtime", "h_bar + dtime"),
@@ -647,48 +669,49 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The gradient by the end of an empty span is zero.
     ("ode/loop/step_tangents.py", "ds = jnp.where((span == 0) & (number == 1), 1.0, h / safe)",
      "ds = h / safe"),
-    ("flows/divergence.py", "jnp.var(estimates, ddof=1)", "jnp.var(estimates, ddof=0)"),
+    ("divergence.py", "jnp.var(estimates, ddof=1)", "jnp.var(estimates, ddof=0)"),
     # A group that is one row short gets a base sample of the next group.
-    ("flows/coupling.py", "np.where(alike, 0.0, np.inf)", "np.where(alike, 0.0, 0.0)"),
+    ("coupling.py", "np.where(alike, 0.0, np.inf)", "np.where(alike, 0.0, 0.0)"),
     ("flows/bases.py", "0.5 * (n - 1) * dim", "0.5 * n * dim"),
-    ("flows/regularizers.py", "return jnp.sum(dz * dz)", "return jnp.mean(dz * dz)"),
+    ("regularizers.py", "return jnp.sum(dz * dz)", "return jnp.mean(dz * dz)"),
     ("flows/diffusion.py", "asarray(z.size, z.dtype) + f", "asarray(1, z.dtype) + f"),
     ("images.py", "slope = math.log(1 - 2 * margin) - jnp.log(v)", "slope = -jnp.log(v)"),
     # The cell of 99 ends at 100, which is an atom: its part of the line has no number.
-    ("tabular/columns.py", "other = np.isin(x, np.array(self.values, float))",
+    ("tabular/columns/column.py", "other = np.isin(x, np.array(self.values, float))",
      "other = np.zeros(np.shape(x), bool)"),
     # Log-densities are those of standardized numbers.
     ("tabular/encoding.py", "log_scale -= np.log(column.scale)", "log_scale -= 0"),
     # An atom counts above its value, not at it.
-    ("tabular/several_grids.py", "float) <= y[..., None]", "float) < y[..., None]"),
+    ("tabular/predictions/several_grids.py", "float) <= y[..., None]", "float) < y[..., None]"),
     # A number that falls short of a level is never its quantile.
-    ("tabular/several_grids.py", "between & enough, middle", "enough, middle"),
+    ("tabular/predictions/several_grids.py", "between & enough, middle", "enough, middle"),
     # The secant method turns its lines.
-    ("tabular/several_grids.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
+    ("tabular/predictions/several_grids.py", "slope = (z - self.z)", "slope = 0.0 * (z - self.z)"),
     # Quantiles at levels that are hardly apart cross.
-    ("tabular/predictions.py", "return np.maximum.accumulate(y, axis=1)[", "return y["),
+    ("tabular/predictions/predictive.py", "return np.maximum.accumulate(y, axis=1)[", "return y["),
     # All rows aside count alike in a calibration.
-    ("tabular/calibration.py", "if weights is None else _of_equal_weight(levels, weights)",
+    ("tabular/predictions/level_calibration.py",
+     "if weights is None else _of_equal_weight(levels, weights)",
      "if weights is None else levels"),
     # A pooled category has the share of its rows, whatever they weigh.
-    ("tabular/columns.py", "share[level] += float(weight)", "share[level] += 1.0"),
+    ("tabular/columns/column.py", "share[level] += float(weight)", "share[level] += 1.0"),
     # A row that is impossible gets copies of the first proposal.
     ("tabular/impute.py", "np.where(impossible, 0.0, np.where(finite, weights, -np.inf))",
      "np.where(finite, weights, -1e30)"),
     # Draws beyond the training rows count as a part of those on a grid.
-    ("tabular/columns.py", "self._warn_of_moved(moved, len(mode))",
+    ("tabular/columns/column.py", "self._warn_of_moved(moved, len(mode))",
      "self._warn_of_moved(moved, max(moved, 1))"),
     # Rows that training could not have count in the score.
-    ("tabular/training.py", "known = np.flatnonzero(possible)",
+    ("tabular/fit_table.py", "known = np.flatnonzero(possible)",
      "known = np.arange(len(possible))"),
     # Levels are judged by the networks that were trained on their rows.
-    ("tabular/training.py", "cells = encoder.as_cells(part.aside)",
+    ("tabular/fit_table.py", "cells = encoder.as_cells(part.aside)",
      "cells = encoder.as_cells(part.rows)"),
     # The numbers are trained as if all rows had one weight.
-    ("tabular/training.py", "InMemory(encoder.as_cells(part.rows), weights=part.weights)",
+    ("tabular/fit_table.py", "InMemory(encoder.as_cells(part.rows), weights=part.weights)",
      "InMemory(encoder.as_cells(part.rows))"),
     # The network of an angle sees where it is cut.
-    ("tabular/training.py", "base = torus(size, period)", "base = standard_normal(size)"),
+    ("tabular/fit_table.py", "base = torus(size, period)", "base = standard_normal(size)"),
     # Categories are imputed by what comes before them alone.
     ("tabular/impute.py", "np.asarray(log_known, float)", "np.zeros(len(log_known))"),
     # A regressor forgets its weights.

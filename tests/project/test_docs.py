@@ -59,7 +59,7 @@ def test_code_blocks_run(page, default_settings):
         pytest.importorskip(library)
     # The page on contributing says what to write into a module.
     scope = (
-        dict(vars(importlib.import_module("jaxode.flows.divergence")))
+        dict(vars(importlib.import_module("jaxode.divergence")))
         if page == "contributing.md"
         else {}
     )
@@ -92,7 +92,7 @@ CONTRIBUTED = fences(PAGES["contributing.md"], "python")
 
 def contributed(name):
     """What the block that has this name in it defines."""
-    scope = dict(vars(importlib.import_module("jaxode.flows.divergence")))
+    scope = dict(vars(importlib.import_module("jaxode.divergence")))
     exec(next(block for block in CONTRIBUTED if name in block), scope)
     return scope[name]
 

@@ -43,11 +43,11 @@ def test_a_file_that_compiles_more_than_its_row_allows_is_told(monkeypatch, tmp_
 # A file that changes, and a test file that the change affects, or does not.
 AFFECTED = [
     ("jaxode/ode/loop/step_size.py", "tests/ode/test_odeint.py", True),
-    ("jaxode/tabular/dates.py", "tests/tabular/test_dates.py", True),
-    ("jaxode/tabular/dates.py", "tests/interop/test_sklearn.py", True),
-    ("jaxode/tabular/dates.py", "tests/ode/test_odeint.py", False),
-    ("jaxode/estimation/budget.py", "tests/petab/test_petab.py", True),
-    ("jaxode/estimation/budget.py", "tests/series/test_series.py", False),
+    ("jaxode/tabular/columns/dates.py", "tests/tabular/test_dates.py", True),
+    ("jaxode/tabular/columns/dates.py", "tests/interop/test_sklearn.py", True),
+    ("jaxode/tabular/columns/dates.py", "tests/ode/test_odeint.py", False),
+    ("jaxode/estimation/search/budget.py", "tests/petab/test_petab.py", True),
+    ("jaxode/estimation/search/budget.py", "tests/series/test_series.py", False),
     ("tests/problems.py", "tests/ode/test_stiff.py", True),
     ("examples/common/descent.py", "tests/project/test_examples.py", True),
 ]

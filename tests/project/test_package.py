@@ -55,9 +55,9 @@ FLOORS = (
     r"ode\.(loop|solvers)\.",
     r"ode\.adjoints($|\.)",
     r"ode\.",
-    r"(flows\.(bases|coupling|divergence|regularizers)|nn(\..*)?)$",
+    r"(flows\.bases|coupling|divergence|regularizers|nn(\..*)?)$",
     r"flows\.",
-    r"(density\.|(coupling|divergence|images|regularizers|standardize)$)",
+    r"(density\.|(images|standardize)$)",
     r"training\.",
     r"(auditing\.|estimation\.|interop($|\.)|plot$|sklearn$"
     r"|(calibration|petab|series|tabular)($|\.))",

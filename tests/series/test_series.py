@@ -13,9 +13,9 @@ from scipy import stats
 from scipy.special import logsumexp
 
 import jaxode
-from jaxode.series import Series, training
+from jaxode.series import Series, fit_series
 from jaxode.series.mixture import Mixture
-from jaxode.series.network import SeriesNetwork
+from jaxode.series.series_network import SeriesNetwork
 from jaxode.series.units import Units, recalled
 
 NAN = np.nan
@@ -54,7 +54,7 @@ def untrained(ts: np.ndarray = TS, ys: np.ndarray = YS) -> Series:
     """What training begins with: most of what a model promises holds for any network."""
     units = Units.of(ts, ys, None)
     starts = recalled(units.seen(ts, ys))
-    network = SeriesNetwork.make(jax.random.key(0), 0, 4, units.gap, starts, training.DROPOUT)
+    network = SeriesNetwork.make(jax.random.key(0), 0, 4, units.gap, starts, fit_series.DROPOUT)
     return Series(network, units)
 
 
@@ -337,7 +337,7 @@ def test_a_state_holds_the_last_values_and_how_recent_they_are(model):
 def test_training_reads_observed_values_alone_and_often_fewer():
     there = ~np.isnan(YS)
     keys = jax.random.split(jax.random.key(0), len(there))
-    fed = np.asarray(jax.jit(jax.vmap(training.fed))(keys, there))
+    fed = np.asarray(jax.jit(jax.vmap(fit_series.fed))(keys, there))
     assert not (fed & ~there).any()
     fewer = (fed < there).any(axis=(1, 2))
     assert fewer.mean() > 0.5
@@ -394,7 +394,7 @@ def own_networks():
 
 def test_networks_of_ones_own_take_the_place_of_those_of_the_library(model):
     networks = own_networks()
-    other = model.with_params(training._with_own(model.params, **networks))
+    other = model.with_params(fit_series._with_own(model.params, **networks))
     assert (other.params.push, other.params.jump) == (networks["field"], networks["jump"])
     again = pickle.loads(pickle.dumps(other))
     found = other.log_prob(TS, YS)
@@ -456,7 +456,7 @@ def test_training_is_better_than_its_start_and_shows_so(of_context):
     """In nats of a value, on the series that it trained on and those that it did not."""
     units = of_context.units
     starts = recalled(units.seen(TS, LEVELS))
-    network = SeriesNetwork.make(jax.random.key(0), 1, 4, units.gap, starts, training.DROPOUT)
+    network = SeriesNetwork.make(jax.random.key(0), 1, 4, units.gap, starts, fit_series.DROPOUT)
     before = of_context.with_params(network).log_prob(TS, LEVELS, context=CONTEXT)
     after = of_context.log_prob(TS, LEVELS, context=CONTEXT)
     assert (after - before).sum() / np.count_nonzero(~np.isnan(YS)) > 0.1

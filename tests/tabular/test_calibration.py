@@ -17,8 +17,8 @@ from untrained import untrained
 import jaxode
 from jaxode import tabular
 from jaxode.nn import Ensemble
-from jaxode.tabular import training
-from jaxode.tabular.calibration import calibrated
+from jaxode.tabular import fit_table
+from jaxode.tabular.predictions.level_calibration import calibrated
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 ROWS = 4000
@@ -103,9 +103,9 @@ class OfNetworks:
 def test_rows_aside_are_judged_by_networks_that_did_not_see_them(monkeypatch):
     """Levels of the networks' own training rows would be another."""
     density, seen = OfNetworks(Ensemble.of([0.0, 0.3, 1.0])), []
-    monkeypatch.setattr(training, "_train_numbers", lambda *_: (density, []))
+    monkeypatch.setattr(fit_table, "_train_numbers", lambda *_: (density, []))
     monkeypatch.setattr(
-        training, "calibrated", lambda density, *aside: seen.append(aside) or density
+        fit_table, "calibrated", lambda density, *aside: seen.append(aside) or density
     )
     frame = FRAMES["continuous"]
     weights = 1.0 + np.arange(len(frame)) % 7

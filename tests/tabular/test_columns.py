@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxode.tabular import frames
-from jaxode.tabular.columns import Column, categorical, numeric, spread
+from jaxode.tabular.columns.column import Column, categorical, numeric, spread
 
 RNG = np.random.default_rng(1)
 N = 600

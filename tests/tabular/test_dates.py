@@ -13,8 +13,8 @@ from helpers import optional
 from untrained import untrained
 
 from jaxode.tabular import frames
-from jaxode.tabular.columns import Column, numeric
-from jaxode.tabular.dates import Dates
+from jaxode.tabular.columns.column import Column, numeric
+from jaxode.tabular.columns.dates import Dates
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY, N, RNG = jax.random.key(0), 300, np.random.default_rng(0)

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from untrained import untrained
 
-from jaxode.tabular.columns import angular
-from jaxode.tabular.periodic import Circle
+from jaxode.tabular.columns.column import angular
+from jaxode.tabular.columns.periodic import Circle
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY, N, RNG = jax.random.key(0), 300, np.random.default_rng(0)

@@ -13,7 +13,7 @@ from tables import FRAMES, KEY, table, trained
 from jaxode._checks.errors import SolveError
 from jaxode.tabular import frames
 from jaxode.tabular.categorical import Categories
-from jaxode.tabular.columns import Column
+from jaxode.tabular.columns.column import Column
 from jaxode.tabular.encoding import Encoder
 from jaxode.tabular.table import Table
 
@@ -107,7 +107,7 @@ def test_one_bounded_number_without_others():
 
 
 def test_rows_are_predicted_in_parts(monkeypatch):
-    monkeypatch.setattr("jaxode.tabular.predictions.ROWS_OF_PREDICTION", 4)
+    monkeypatch.setattr("jaxode.tabular.predictions.predictive.ROWS_OF_PREDICTION", 4)
     whole, parts = (table("few").crps(rows("few", n)) for n in (4, 10))
     np.testing.assert_allclose(parts[:4], whole, rtol=1e-5)
     assert len(parts) == 10

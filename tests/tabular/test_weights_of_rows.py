@@ -8,7 +8,7 @@ from helpers import optional, with_slow
 from untrained import small_networks
 
 from jaxode import tabular
-from jaxode.tabular import training
+from jaxode.tabular import fit_table
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY = jax.random.key(0)
@@ -32,7 +32,7 @@ def test_samples_have_the_weighted_shares(library, monkeypatch):
     datasets = []
     # The numbers are trained by `jaxode.fit`, whose tests draw by weights.
     take = lambda density, parts, *_: datasets.extend(parts) or (density, [])
-    monkeypatch.setattr(training, "train", take)
+    monkeypatch.setattr(fit_table, "train", take)
     frame = optional(library).DataFrame(DATA)
     options = {"steps": 200, "members": 1, "progress": False}
     with small_networks():

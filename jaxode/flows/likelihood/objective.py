@@ -29,7 +29,7 @@ from jaxode.ode.adjoints.base import Solved, nan_unless
 from jaxode.ode.adjoints.flat import pulled_leaves, undifferentiated
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
 from jaxode.ode.adjoints.vmap import is_busy
-from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.rows import replace_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.solution import Solution
@@ -131,7 +131,7 @@ def _assemble(log_base, integrals, coefficients, weights, ok, unused):
 class Inputs(NamedTuple):
     """The differentiated inputs of the fused loss."""
 
-    problem: Problem
+    problem: InitialValueProblem
     """The problem of the samples: `args` are `(params, context)`, and the solve starts at the time
     of the data."""
     costs: ClosedField
@@ -284,7 +284,7 @@ def _loss_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     out, losses = _outcome(inputs, settings, solved, log_base, integrals)
     field_bar, args_bar, costs_bar, probes_bar = swept.params
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
-    problem_bar = Problem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None)
+    problem_bar = InitialValueProblem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None)
     bars = Inputs(problem_bar, costs_bar, probes_bar, base_bar, weights=losses)
     valid = jnp.prod(nan_unless(solved.ok | solved.masked, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)

@@ -34,9 +34,9 @@ from jaxode.ode.adjoints.base import (
 )
 from jaxode.ode.adjoints.flat import pulled_back, solution, undifferentiated
 from jaxode.ode.adjoints.vmap import vmappable
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope, Stepper, weighted_sum
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.problem import Problem, Slope, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
 from jaxode.ode.loop.rows import one_row, reduce_rows
 
@@ -81,7 +81,7 @@ class BacksolveAdjoint(ReverseAdjoint):
             if value is not None:
                 non_negative(name, value, "None or a finite tolerance of at least 0")
 
-    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+    def integrate(self, problem: InitialValueProblem, stepper: Stepper) -> Integration:
         def run(problem, stepper):
             return _solve(problem, stepper, self)
 
@@ -96,7 +96,7 @@ class BacksolveAdjoint(ReverseAdjoint):
                 given[name] = jnp.asarray(own, controller.rtol.dtype)
         return stepper.controlled(**given)
 
-    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, None]:
+    def record(self, problem: InitialValueProblem, stepper: Stepper) -> tuple[Integration, None]:
         """Solve the problem, and keep nothing of the way."""
         return integrate(problem, stepper)[0], None
 
@@ -118,7 +118,9 @@ class BacksolveAdjoint(ReverseAdjoint):
         result = jnp.where(ended, Result.SUCCESS, progress.result).astype(jnp.int32)
         return progress._replace(result=result), quadrature
 
-    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
+    def pull_back(
+        self, solved: Solved, bar: Integration
+    ) -> tuple[InitialValueProblem, Float[Array, " rows"]]:
         """The cotangents of the problem, NaN where the forward or the backward solve failed.
 
         Moving the time of an output moves the output along its trajectory. Moving the start time
@@ -155,7 +157,7 @@ class BacksolveAdjoint(ReverseAdjoint):
             if integration.ys is not None and bar.ys is not None:
                 points = ts, padded(problem, integration.ys), bar.ys
                 ts_bar = jax.lax.map(by_time, points)
-        return Problem(*quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
+        return InitialValueProblem(*quadrature, y0=y0_bar, t0=t0_bar, t1=t1_bar, ts=ts_bar), valid
 
 
 NO_FORWARD = (
@@ -165,7 +167,9 @@ NO_FORWARD = (
 )
 
 
-def _differentiable(adjoint: BacksolveAdjoint, problem: Problem, stepper: Stepper) -> Integration:
+def _differentiable(
+    adjoint: BacksolveAdjoint, problem: InitialValueProblem, stepper: Stepper
+) -> Integration:
     def run(problem, stepper):
         return solution(adjoint.reverse, problem, stepper)
 
@@ -173,13 +177,15 @@ def _differentiable(adjoint: BacksolveAdjoint, problem: Problem, stepper: Steppe
 
 
 @eqx.filter_custom_vjp
-def _solve(problem: Problem, stepper: Stepper, adjoint: BacksolveAdjoint) -> Integration:
+def _solve(
+    problem: InitialValueProblem, stepper: Stepper, adjoint: BacksolveAdjoint
+) -> Integration:
     """The solution, whose gradient is the adjoint ODE."""
     return _differentiable(adjoint, problem, stepper)
 
 
 @_solve.def_fwd
-def _forward(perturbed, problem: Problem, stepper: Stepper, adjoint: BacksolveAdjoint):
+def _forward(perturbed, problem: InitialValueProblem, stepper: Stepper, adjoint: BacksolveAdjoint):
     del perturbed
     out = _differentiable(adjoint, problem, stepper)
     return out, out

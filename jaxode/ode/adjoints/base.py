@@ -11,9 +11,9 @@ from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode.ode.adjoints.flat import solution, undifferentiated
 from jaxode.ode.adjoints.vmap import Reverse, vmappable
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope, Stepper
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
-from jaxode.ode.loop.problem import Problem, Slope, Stepper
 from jaxode.ode.loop.rows import of_group, one_row, reduce_rows, replace_rows
 from jaxode.ode.loop.step_tangents import step_tangents
 from jaxode.ode.loop.trajectory import Trajectory
@@ -57,7 +57,7 @@ class Adjoint:
     fused: ClassVar[bool] = False
     """Whether it can `record`, for the likelihood loss, which goes back over the steps itself."""
 
-    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+    def integrate(self, problem: InitialValueProblem, stepper: Stepper) -> Integration:
         """Solve the problem. Differentiable in all of its floating leaves."""
         raise NotImplementedError
 
@@ -70,8 +70,8 @@ class Solved(NamedTuple):
     start instead of recorded steps, which may not be finite.
     """
 
-    problem: Problem
-    perturbed: Problem
+    problem: InitialValueProblem
+    perturbed: InitialValueProblem
     """Which leaves are differentiated."""
     stepper: Stepper
     integration: Integration
@@ -84,8 +84,8 @@ class Solved(NamedTuple):
     @classmethod
     def of(
         cls,
-        problem: Problem,
-        perturbed: Problem,
+        problem: InitialValueProblem,
+        perturbed: InitialValueProblem,
         stepper: Stepper,
         recorded: tuple[Integration, Trajectory | None],
         masked: Bool[Array, " rows"],
@@ -145,7 +145,7 @@ class Solved(NamedTuple):
         problem, masked = self.problem, self.masked
         return jnp.where(masked, problem.t0, t), jnp.where(masked[:, None], problem.y0, y)
 
-    def mask(self, bars: Problem, valid: Float[Array, " rows"]) -> Problem:
+    def mask(self, bars: InitialValueProblem, valid: Float[Array, " rows"]) -> InitialValueProblem:
         """The cotangents times `valid`: per row, and for shared leaves over the rows they share.
 
         Those of masked rows are zero, and so are shared ones if no other row is left.
@@ -160,7 +160,7 @@ class Solved(NamedTuple):
         args = shared, jax.tree.map(per_row, row_args)
         y0, t0, t1 = jax.tree.map(per_row, (bars.y0, bars.t0, bars.t1))
         ts = jax.tree.map(jax.vmap(per_row), bars.ts)
-        return eqx.filter(Problem(field, args, y0, t0, t1, ts), self.perturbed)
+        return eqx.filter(InitialValueProblem(field, args, y0, t0, t1, ts), self.perturbed)
 
 
 def without_cotangent(bar: Integration, of_rows: Float[Array, " rows"]) -> Bool[Array, " rows"]:
@@ -187,17 +187,19 @@ class ReverseAdjoint(Adjoint):
     checkpoints: int
     """The number of states to replay from, for a method that inherits `record`."""
 
-    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+    def integrate(self, problem: InitialValueProblem, stepper: Stepper) -> Integration:
         def run(problem, stepper):
             return solution(self.reverse, problem, stepper)
 
         return vmappable(run, problem, undifferentiated(stepper))
 
-    def record(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Trajectory | None]:
+    def record(
+        self, problem: InitialValueProblem, stepper: Stepper
+    ) -> tuple[Integration, Trajectory | None]:
         """Solve the problem, with what the backward pass needs."""
         return integrate(problem, stepper, self.checkpoints)
 
-    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Any]:
+    def pull_back(self, solved: Solved, bar: Integration) -> tuple[InitialValueProblem, Any]:
         """The cotangents of the problem, and a factor per row that is NaN where there are none.
 
         `bar` has the cotangents of `y1`, `ys` and `trajectory`, or None. The caller masks the
@@ -205,10 +207,16 @@ class ReverseAdjoint(Adjoint):
         """
         raise NotImplementedError
 
-    def reverse(self, wanted: Problem) -> Reverse:
+    def reverse(self, wanted: InitialValueProblem) -> Reverse:
         """The record and the backward pass under `jax.vmap`, for the leaves that are `wanted`."""
 
-        def pull(wanted: Problem, recorded, bar: Integration, problem: Problem, stepper: Stepper):
+        def pull(
+            wanted: InitialValueProblem,
+            recorded,
+            bar: Integration,
+            problem: InitialValueProblem,
+            stepper: Stepper,
+        ):
             # Over an empty span, too, the field need not be finite.
             out = recorded[0]
             useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
@@ -223,7 +231,7 @@ class ReverseAdjoint(Adjoint):
         return Reverse(self.record, pull, wanted)
 
 
-def ended(problem: Problem, out: Integration) -> Problem:
+def ended(problem: InitialValueProblem, out: Integration) -> InitialValueProblem:
     """The problem up to where a crossing ended a row, a time that is held fixed."""
     if out.stopped is None:
         return problem

@@ -15,8 +15,8 @@ from jaxode._jax.tangents import instantiate_zeros
 from jaxode.ode.adjoints.base import ReverseAdjoint, Solved, nan_unless
 from jaxode.ode.adjoints.replay import OutputBars
 from jaxode.ode.adjoints.sweep import Sweep
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration
-from jaxode.ode.loop.problem import Problem
 from jaxode.ode.loop.rows import place_of_each
 from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 from jaxode.ode.solvers.base import Method
@@ -51,7 +51,9 @@ class DiscreteAdjoint(ReverseAdjoint):
     def __post_init__(self) -> None:
         integer("checkpoints", self.checkpoints, least=2, cure=" The default is 64.")
 
-    def pull_back(self, solved: Solved, bar: Integration) -> tuple[Problem, Float[Array, " rows"]]:
+    def pull_back(
+        self, solved: Solved, bar: Integration
+    ) -> tuple[InitialValueProblem, Float[Array, " rows"]]:
         problem, trajectory = solved.problem, solved.trajectory
         assert trajectory is not None
         interior, carry, outputs = None, None, OutputBars.of(problem, bar)
@@ -66,7 +68,7 @@ class DiscreteAdjoint(ReverseAdjoint):
             ts_bar = jnp.zeros_like(problem.ts) if outputs is None else swept.interior[1]
         t0_bar, t1_bar = _moved(solved, trajectory.times, bar.trajectory, swept.t0, swept.t1)
         ok = solved.ok & (trajectory.count > 0) | solved.masked
-        bars = Problem(*swept.params, y0=swept.y, t0=t0_bar, t1=t1_bar, ts=ts_bar)
+        bars = InitialValueProblem(*swept.params, y0=swept.y, t0=t0_bar, t1=t1_bar, ts=ts_bar)
         return bars, nan_unless(ok, problem.y0.dtype)
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array
 
 from jaxode._jax.modes import WithSweep, differentiable, sweep_of, with_sweep
 from jaxode.ode.adjoints.vmap import Reverse
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.problem import Problem, Stepper
 
 Flags = tuple[bool, ...]
 
@@ -19,7 +19,7 @@ Flags = tuple[bool, ...]
 class FlatSolve(NamedTuple):
     """A solve whose inputs and outputs are lists of arrays."""
 
-    reverse: Callable[[Problem], Reverse]
+    reverse: Callable[[InitialValueProblem], Reverse]
     """Flags of the leaves that are differentiated -> the way forward and back."""
     structure: Any
     """The structure of the inputs, `(problem, stepper)`."""
@@ -56,7 +56,9 @@ class FlatSolve(NamedTuple):
 
 
 def solution(
-    reverse: Callable[[Problem], Reverse], problem: Problem, stepper: Stepper
+    reverse: Callable[[InitialValueProblem], Reverse],
+    problem: InitialValueProblem,
+    stepper: Stepper,
 ) -> Integration:
     """The solution, with every mode and order of differentiation."""
     inputs, structure = jax.tree.flatten((problem, stepper))
@@ -65,13 +67,13 @@ def solution(
 
 
 def pulled_back(
-    reverse: Callable[[Problem], Reverse],
-    problem: Problem,
+    reverse: Callable[[InitialValueProblem], Reverse],
+    problem: InitialValueProblem,
     stepper: Stepper,
-    wanted: Problem,
+    wanted: InitialValueProblem,
     recorded: tuple[Integration, Any],
     bar: Integration,
-) -> Problem:
+) -> InitialValueProblem:
     """The cotangents of the problem, with every mode and order of differentiation."""
     inputs, structure = jax.tree.flatten((problem, stepper))
     moved = *map(bool, jax.tree.leaves(wanted)), *(False for _ in jax.tree.leaves(stepper))

@@ -6,8 +6,8 @@ from typing import ClassVar
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.adjoints.vmap import vmappable
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.problem import Problem, Stepper
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "
@@ -27,7 +27,7 @@ class ForwardMode(Adjoint):
     supports_dense: ClassVar[bool] = True
     forward_only: ClassVar[bool] = True
 
-    def integrate(self, problem: Problem, stepper: Stepper) -> Integration:
+    def integrate(self, problem: InitialValueProblem, stepper: Stepper) -> Integration:
         def run(problem, stepper):
             return integrate(problem, stepper)[0]
 

@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.loop.checkpoints import Checkpoints
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, weighted_sum
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import save_times_at
-from jaxode.ode.loop.problem import Problem, weighted_sum
 from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.trajectory import Step
 
@@ -105,7 +105,7 @@ class OutputBars(NamedTuple):
     """The number of outputs of each row."""
 
     @classmethod
-    def of(cls, problem: Problem, bar: Integration) -> "OutputBars | None":
+    def of(cls, problem: InitialValueProblem, bar: Integration) -> "OutputBars | None":
         """None if nothing depends on outputs."""
         ts, sign, count = problem.ts, jnp.sign(problem.t1 - problem.t0), problem.outputs
         if ts is None or bar.ys is None:

@@ -17,25 +17,25 @@ from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.vmap_rule import Rule, one_by_one, plain, with_vmap_rule
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.integrate import Integration, integrate
-from jaxode.ode.loop.problem import Problem, Stepper
 from jaxode.ode.loop.trajectory import Trajectory
 
-Solver = Callable[[Problem, Stepper], Integration]
+Solver = Callable[[InitialValueProblem, Stepper], Integration]
 
 # An evaluation of this many numbers keeps a CPU busy. Measured: benchmarks/NOTES.md.
 BUSY_WORK = 20_000
 # The gradient by values that problems share is computed with a copy of them in each row, up to so
 # many numbers.
 MOST_COPIED = 64
-# Fields of a `Problem` with an entry for each row, and which of their axes counts the rows.
+# Fields of a problem with an entry for each row, and which of their axes counts the rows.
 AXIS_OF_ROWS = {"t0": 0, "t1": 0, "ts": 1, "outputs": 0, "h0": 0, "piece": 0}
 
 
-def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
+def vmappable(solve: Solver, problem: InitialValueProblem, stepper: Stepper) -> Integration:
     """`solve(problem, stepper)`, which `jax.vmap` runs as rows of one solve where it can."""
 
-    def as_rows(many: Many, mapped: Any, problem: Problem, stepper: Stepper):
+    def as_rows(many: Many, mapped: Any, problem: InitialValueProblem, stepper: Stepper):
         return many.split(solve(many.join(mapped[0], problem, stepper), stepper))
 
     return _with_rule(solve, _rule(solve, as_rows), problem, stepper)
@@ -44,7 +44,7 @@ def vmappable(solve: Solver, problem: Problem, stepper: Stepper) -> Integration:
 def _rule(
     f: Callable[..., Any],
     as_rows: Callable[..., Any],
-    wanted: Problem | None = None,
+    wanted: InitialValueProblem | None = None,
     otherwise: Callable[..., Any] | None = None,
 ) -> Rule:
     """`as_rows(many, mapped, *args)` if problems can be rows of one solve. If not, `jax.vmap` of
@@ -77,17 +77,17 @@ class Reverse(NamedTuple):
     `cond` with a mapped predicate that is not as rows: JAX maps the tolerances there, too.
     """
 
-    record: Callable[[Problem, Stepper], tuple[Integration, Any]]
+    record: Callable[[InitialValueProblem, Stepper], tuple[Integration, Any]]
     """A solution and its trajectory."""
-    pull: Callable[[Any, Any, Integration, Problem, Stepper], Problem]
+    pull: Callable[[Any, Any, Integration, InitialValueProblem, Stepper], InitialValueProblem]
     """`(wanted, recorded, bar, problem, stepper)` -> the cotangents of the problem."""
-    wanted: Problem
+    wanted: InitialValueProblem
     """Which leaves are differentiated."""
 
-    def forward(self, problem: Problem, stepper: Stepper) -> tuple[Integration, Any]:
+    def forward(self, problem: InitialValueProblem, stepper: Stepper) -> tuple[Integration, Any]:
         """`record(problem, stepper)`."""
 
-        def as_rows(many: Many, mapped: Any, problem: Problem, stepper: Stepper):
+        def as_rows(many: Many, mapped: Any, problem: InitialValueProblem, stepper: Stepper):
             one = jax.tree.map(lambda x, its: x[0] if its else x, (problem, stepper), mapped)
             trajectory = jax.eval_shape(self.record, *one)[1]
             if trajectory is not None:
@@ -99,7 +99,9 @@ class Reverse(NamedTuple):
         rule = _rule(self.record, as_rows, self.wanted)
         return _with_rule(self.record, rule, problem, stepper)
 
-    def backward(self, recorded: Any, bar: Integration, problem: Problem, stepper: Stepper):
+    def backward(
+        self, recorded: Any, bar: Integration, problem: InitialValueProblem, stepper: Stepper
+    ):
         """`pull(wanted, recorded, bar, problem, stepper)`."""
 
         def pull(*args):
@@ -173,7 +175,7 @@ class Reverse(NamedTuple):
         (bar,) = join_bars(jax.tree.map(instantiate_zeros, solutions, bar, of_bar))
         return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
 
-    def _again(self, problem: Problem, stepper: Stepper, ran: Int[Array, " rows"]):
+    def _again(self, problem: InitialValueProblem, stepper: Stepper, ran: Int[Array, " rows"]):
         """Solve again. A solve that did not run, in a branch that is not taken, must not seem to
         have run."""
         return eqx.tree_at(_steps_of, self.record(problem, stepper), ran)
@@ -203,8 +205,8 @@ class Many(NamedTuple):
     def of(
         cls,
         size: int,
-        mapped: tuple[Problem, Stepper],
-        problem: Problem,
+        mapped: tuple[InitialValueProblem, Stepper],
+        problem: InitialValueProblem,
         stepper: Stepper,
         wanted: Any = None,
     ) -> "Many | None":
@@ -225,7 +227,9 @@ class Many(NamedTuple):
                 return None
         return cls(size, rows, (samples, n))
 
-    def join(self, mapped: Problem, problem: Problem, stepper: Stepper) -> Problem:
+    def join(
+        self, mapped: InitialValueProblem, problem: InitialValueProblem, stepper: Stepper
+    ) -> InitialValueProblem:
         """All problems as one. `mapped` leaves have a leading axis, others are shared."""
         of_rows = {
             name: self._join(self.spread(x, getattr(mapped, name)), axis)
@@ -241,7 +245,9 @@ class Many(NamedTuple):
         closed, args = close_field(stepper.precision, field, t0, y0, args, jacobian=jacobian)
         return problem._replace(field=closed, args=args, y0=y0, **of_rows)
 
-    def _join_args(self, mapped: Problem, problem: Problem) -> tuple[tuple[PyTree, PyTree], PyTree]:
+    def _join_args(
+        self, mapped: InitialValueProblem, problem: InitialValueProblem
+    ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         """The values of `(field, args)` that problems share, and their own ones, whose first axis
         is that of all rows, or of the problems; and flags of the former among these."""
         of_row, is_own = self._of_row(mapped), self._own(mapped)
@@ -277,16 +283,18 @@ class Many(NamedTuple):
 
         return call
 
-    def flags(self, mapped: Problem, wanted: Problem) -> Problem:
+    def flags(
+        self, mapped: InitialValueProblem, wanted: InitialValueProblem
+    ) -> InitialValueProblem:
         """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
         own, shared = eqx.partition((wanted.field, wanted.args), self._own(mapped))
         return wanted._replace(field=False, args=(shared, own))
 
-    def _own(self, mapped: Problem) -> PyTree:
+    def _own(self, mapped: InitialValueProblem) -> PyTree:
         """Which values of `(field, args)` belong to a row, or to the rows of a problem."""
         return jax.tree.map(operator.or_, self._of_row(mapped), (mapped.field, mapped.args))
 
-    def _of_row(self, problem: Problem) -> PyTree:
+    def _of_row(self, problem: InitialValueProblem) -> PyTree:
         """Which values of `(field, args)` each row of a problem has for itself."""
         shared, row_args = problem.args
         field, shared = jax.tree.map(lambda _: False, (problem.field, shared))

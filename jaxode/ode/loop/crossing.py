@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.problem import Problem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
 from jaxode.ode.loop.progress import Progress
 from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.trajectory import Curve, Step
@@ -61,9 +61,13 @@ class CrossingSearch(NamedTuple):
 
 
 def watch(
-    problem: Problem, stepper: Stepper, search: CrossingSearch, now: Progress, step: Step,
+    problem: InitialValueProblem,
+    stepper: Stepper,
+    search: CrossingSearch,
+    now: Progress,
+    step: Step,
     then: Progress,
-) -> tuple[Progress, CrossingSearch]:  # fmt: skip
+) -> tuple[Progress, CrossingSearch]:
     """The progress and the search after a step, given the progress `then` of error control.
 
     A step with a crossing inside, or one that misses its target, does not count. The last one ends

@@ -15,8 +15,8 @@ from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.loop.crossing import CrossingSearch, watch
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper, weighted_sum
 from jaxode.ode.loop.outputs import beyond, save
-from jaxode.ode.loop.problem import Problem, Stepper, weighted_sum
 from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_tangents import with_end_tangents
@@ -50,7 +50,7 @@ class _State(NamedTuple):
 
 
 def integrate(
-    problem: Problem, stepper: Stepper, checkpoints: int | None = None
+    problem: InitialValueProblem, stepper: Stepper, checkpoints: int | None = None
 ) -> tuple[Integration, Trajectory | None]:
     """Solve from `t0` to `t1`, in either direction, or to where a crossing stops a row.
 
@@ -85,7 +85,7 @@ def integrate(
 
 
 def _outcome(
-    problem: Problem, stepper: Stepper, state: _State, start, end, first_evals: Any
+    problem: InitialValueProblem, stepper: Stepper, state: _State, start, end, first_evals: Any
 ) -> Integration:
     """The result of the loop from its last state."""
     final = state.progress
@@ -114,7 +114,7 @@ def _outcome(
 
 
 def _initial(
-    problem: Problem, stepper: Stepper, start, end, checkpoints: int | None
+    problem: InitialValueProblem, stepper: Stepper, start, end, checkpoints: int | None
 ) -> tuple[_State, int]:
     """The initial state of the loop, and the evaluations spent on it."""
     y0, ts, trajectory = problem.y0, problem.ts, None
@@ -131,7 +131,7 @@ def _initial(
 
 
 def _attempt(
-    problem: Problem, stepper: Stepper, state: _State, start, end
+    problem: InitialValueProblem, stepper: Stepper, state: _State, start, end
 ) -> tuple[Step, Progress]:
     """Attempt one step of each active row, and how far they come by it."""
     now, method = state.progress, stepper.method
@@ -147,7 +147,7 @@ def _attempt(
     return Step(now.t, h, now.y, k), accept_or_reject(stepper, now, t, last, y, k)
 
 
-def _start(problem: Problem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
+def _start(problem: InitialValueProblem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
     """The slope at the start (if the solver reuses it), the first step, evaluations spent."""
     field, method, controller, h0 = problem.slope, stepper.method, stepper.controller, problem.h0
     reused = method.first_same_as_last

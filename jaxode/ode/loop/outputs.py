@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._jax.sharding import while_loop
 from jaxode._jax.tangents import with_tangent, with_time_tangent
-from jaxode.ode.loop.problem import Problem
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.progress import Progress
 from jaxode.ode.loop.rows import entry_of_each, place_of_each
 from jaxode.ode.loop.trajectory import Curve
@@ -19,7 +19,7 @@ def save_times_at(
     return entry_of_each(ts, jnp.clip(index, 0, ts.shape[0] - 1))
 
 
-def save(problem: Problem, curve: Curve, then: Progress, accept, last, ys, saved):
+def save(problem: InitialValueProblem, curve: Curve, then: Progress, accept, last, ys, saved):
     """Write the dense output at every output time that an accepted step has reached.
 
     The step leads to `then`, and may be the `last`. `saved` counts the outputs written per row. The
@@ -47,14 +47,14 @@ def save(problem: Problem, curve: Curve, then: Progress, accept, last, ys, saved
     return while_loop(lambda carry: pending(carry[1]).any(), write, (ys, saved))
 
 
-def beyond(problem: Problem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
+def beyond(problem: InitialValueProblem, t: Float[Array, " rows"]) -> Bool[Array, "times rows"]:
     """Which outputs lie beyond a time."""
     assert problem.ts is not None
     return jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0
 
 
 def padded(
-    problem: Problem, ys: Float[Array, "times samples n"]
+    problem: InitialValueProblem, ys: Float[Array, "times samples n"]
 ) -> Float[Array, "times samples n"]:
     """The outputs of each row, with its last one in place of padding.
 

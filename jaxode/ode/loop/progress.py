@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
-from jaxode.ode.loop.problem import Stepper, weighted_sum
+from jaxode.ode.loop.initial_value_problem import Stepper, weighted_sum
 from jaxode.ode.loop.rows import reduce_rows
 from jaxode.ode.loop.stats import Stats
 from jaxode.ode.loop.step_size import propose

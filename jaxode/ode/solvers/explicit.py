@@ -23,7 +23,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.problem import weighted_sum
+from jaxode.ode.loop.initial_value_problem import weighted_sum
 from jaxode.ode.loop.rows import reduce_rows
 from jaxode.ode.solvers.base import Field, Method
 

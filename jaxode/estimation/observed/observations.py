@@ -1,0 +1,334 @@
+"""Check what `jaxode.estimate` gets, and pose the problem."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from jaxode._checks.arguments import (
+    check_args,
+    check_number,
+    check_state,
+    described,
+    floating,
+    numbers,
+    one_of,
+    takes,
+)
+from jaxode._checks.caller import arg
+from jaxode._checks.rules import TIME
+from jaxode._checks.samples import check_finite, check_rows
+from jaxode._checks.times import check_observed_times
+from jaxode.estimation.observed.bounds import boxed
+from jaxode.estimation.observed.likelihoods import LIKELIHOODS, Likelihood, LogNormal
+from jaxode.estimation.observed.observed_system import ObservedODE, needs_row, of_rows
+from jaxode.estimation.observed.tolerances import spreads, with_atol
+from jaxode.estimation.search.levenberg_marquardt import PARAMETER_TOLERANCE, Box
+from jaxode.ode.field import check_field
+from jaxode.ode.interpolations import check_knots
+from jaxode.ode.pieces import check_jumps
+
+CALLS = {  # arguments of a user's functions, and others that they may take
+    "observe": ("t, y, params",),
+    "residual": ("predicted, observed", "predicted, observed, params"),
+    "likelihood": ("predicted, observed, params",),
+    "prior": ("params",),
+    "y0": ("params", "params, row"),
+    "noise": ("params", "params, row"),
+}
+
+
+class Given(NamedTuple):
+    """The arguments of `estimate`, as the user passed them."""
+
+    f: Any
+    y0: Any
+    ts: Any
+    ys: Any
+    starts: Any
+    t0: Any
+    observe: Any
+    likelihood: Any
+    noise: Any
+    residual: Any
+    prior: Any
+    bounds: Any
+    args: Any
+    row_args: Any
+    options: dict[str, Any]
+    """Options of `solve`."""
+
+
+def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
+    """The checked problem, the starts as vectors, and their bounds."""
+    _check_functions(given)
+    starts = _starts(given.starts)
+    flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
+    dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
+    ts, ys, t0 = _observations(given, dtype)
+    likelihood = _likelihood(given, ys)
+    box = boxed(given.bounds, template, flats)
+    noise = _noise(given, likelihood, ys, int(box.free.sum()))
+    args = as_data(given.args, (t0, jnp.max(ts)))
+    y0, row_args = _experiments(given, template, args, ts, ys, t0)
+    problem = ObservedODE(
+        f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
+        likelihood=likelihood, residual=given.residual, noise=noise,
+        estimated=given.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
+        prior=given.prior, args=args, row_args=row_args,
+        options={"rtol": max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6), **given.options},
+    )  # fmt: skip
+    _check_shapes(problem)
+    return problem if "atol" in given.options else with_atol(problem, flats), flats, box
+
+
+def _check_functions(given: Given) -> None:
+    """Raise for functions that cannot be called as they will be."""
+    check_field("f", given.f, "f(t, y, params)")
+    if given.likelihood is not None and not callable(given.likelihood):
+        one_of("likelihood", given.likelihood, tuple(LIKELIHOODS))
+    for name in ("observe", "residual", "prior"):
+        if getattr(given, name) is not None:
+            _check_function(name, getattr(given, name))
+    for name in ("y0", "likelihood", "noise"):
+        if callable(getattr(given, name)):
+            _check_function(name, getattr(given, name), given.row_args is not None)
+    check_jumps(given.options.get("jumps"))
+
+
+def as_data(args: Any, span: tuple[Array, Array]) -> PyTree:
+    """The data, with numbers as arrays, so that other ones are no new program."""
+    check_knots("args", args, span)
+
+    def as_array(leaf):
+        return jnp.asarray(leaf) if eqx.is_array_like(leaf) else leaf
+
+    return jax.tree.map(as_array, check_args("args", args))
+
+
+def _experiments(given: Given, template: PyTree, args: PyTree, ts: Array, ys: Array, t0: Array):
+    """The state at the start, or its function, and the arguments of each experiment."""
+    y0, row_args = given.y0, given.row_args
+    if ts.ndim == 2 and row_args is not None:
+        row_args = check_rows("row_args", row_args, len(ts))
+    both = template if args is None else (template, args)
+    state = check_state("y0", of_rows(y0, both, row_args) if callable(y0) else y0)
+    if ts.ndim == 2:
+        check_rows("y0", state, len(ts))
+    elif row_args is not None:
+        raise ValueError(
+            f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
+        )
+    check_knots("row_args", row_args, (t0, ts[..., -1]))
+    if given.observe is None:
+        _check_whole(state, ts, ys)
+    if not callable(y0):
+        y0 = jax.tree.map(lambda leaf: leaf.astype(ts.dtype), state)
+    return y0, row_args
+
+
+def _check_function(name: str, function: Any, rows: bool = True) -> None:
+    """Raise unless it takes what it will be called with."""
+    if not callable(function):
+        raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
+    calls = [call for call in CALLS[name] if rows or "row" not in call]
+    if not any(takes(function, *call.split(", ")) for call in calls):
+        said = ", or ".join(f"({call})" for call in CALLS[name])
+        said += " with row_args" if "row" in CALLS[name][-1] else ""
+        raise TypeError(
+            f"{arg(name)} must be a function {said}; got one of {inspect.signature(function)}."
+        )
+
+
+def _check_shapes(problem: ObservedODE) -> None:
+    """Raise unless predictions and residuals are like observations: others would broadcast."""
+    shape = problem.ys.shape
+    if problem.observe is not None:
+        found = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
+        if getattr(found, "shape", None) != shape:
+            got = described(found) if not hasattr(found, "shape") else f"shape {found.shape}"
+            raise ValueError(
+                f"{arg('observe')} must return one observation, so that together they are like "
+                f"ys, {shape}; got {got}."
+            )
+    if callable(problem.noise):
+        _check_noise_shape(problem)
+    if isinstance(problem.likelihood, Likelihood):
+        return
+    name, returns = "residual", "residuals"
+    if problem.likelihood is not None:
+        name, returns = "likelihood", "log-densities"
+
+    def of(predicted, observed, params):
+        if problem.likelihood is not None:
+            return problem.likelihood(predicted, observed, problem.given(params))
+        return problem.residuals(predicted, observed, params=params)
+
+    found = jax.eval_shape(of, problem.ys, problem.ys, problem.template)
+    if getattr(found, "shape", None) != shape:
+        raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
+
+
+def _starts(starts: Any) -> PyTree[Array]:
+    starts = check_args("starts", starts)
+    if texts := [leaf for leaf in jax.tree.leaves(starts) if isinstance(leaf, str)]:
+        raise TypeError(
+            f"{arg('starts')} must be first guesses, numbers; got the text {texts[0]!r}. Pass them "
+            f"by name, such as starts={{{texts[0]!r}: jnp.array([1.0])}}."
+        )
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(starts)]
+    if len({shape[:1] for shape in shapes}) != 1 or shapes[0][:1] in ((), (0,)):
+        raise ValueError(
+            f"{arg('starts')} leaves must share a leading axis of starts; got shapes {shapes}. For "
+            "one start, add it: jax.tree.map(lambda x: jnp.asarray(x)[None], starts)."
+        )
+    # In the default precision: with that of single numbers, a search ends far from the best.
+    starts = jax.tree.map(lambda leaf: floating(leaf).astype(jnp.result_type(float)), starts)
+    check_finite({"starts": starts})
+    return starts
+
+
+def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
+    """Their times, the values, and the time of the start."""
+    check_number("t0", given.t0, TIME, kind="time")
+    exact, values = numbers("ts", given.ts), numbers("ys", given.ys)
+    ts, ys, t0 = (floating(x).astype(dtype) for x in (exact, values, given.t0))
+    if ts.ndim not in (1, 2) or ys.shape[: ts.ndim] != ts.shape or not ts.size:
+        raise ValueError(
+            f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
+            f"[rows, times]; got shapes {ys.shape} and {ts.shape}."
+        )
+    check_times(exact, ts, t0)
+    check_observed(ys)
+    return ts, ys, t0
+
+
+def check_observed(ys: Array) -> None:
+    """Raise unless observations are finite, or NaN where one is missing."""
+    found = np.asarray(ys)  # which compiles nothing
+    if np.isinf(found).any():
+        raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
+    if np.isnan(found).all():
+        raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
+
+
+def check_times(exact: Any, ts: Array, t0: Array) -> None:
+    """Raise unless times, and what they were before they were rounded, are in order after `t0`."""
+    check_finite({"ts": ts})
+    check_observed_times(float(t0), exact, ts.dtype)
+    times = np.asarray(ts)  # which compiles nothing
+    if (np.diff(times, axis=-1) < 0).any():
+        raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
+    if (times[..., 0] < np.asarray(t0)).any():
+        raise ValueError(
+            f"{arg('ts')} must not be before t0, {float(t0):.15g}; got {times.min():.15g}. Pass "
+            "the state at the first of them, and t0."
+        )
+
+
+def _likelihood(given: Given, ys: Array) -> Any:
+    """The likelihood that is known by name, the user's own, or None with a residual."""
+    name = given.likelihood
+    if given.residual is not None:
+        if name is not None:
+            raise ValueError(f"{arg('likelihood')} is not used with residual. Leave one out.")
+        return None
+    if callable(name):
+        return name
+    found = LIKELIHOODS["normal" if name is None else name]
+    values = np.asarray(ys)
+    if found.values == "counts":
+        wrong, rule = (values < 0) | (values != np.round(values)), "counts: whole, from zero"
+    elif found.values == "positive":
+        wrong, rule = values <= 0, "positive"
+    else:
+        return found
+    if (wrong := wrong & ~np.isnan(values)).any():
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(
+            f"{arg('ys')} must be {rule}, for likelihood={name!r}; got ys{list(at)} = "
+            f"{values[at]:g}. Pass NaN where one is missing, or another likelihood."
+        )
+    return found
+
+
+def _noise(given: Given, likelihood: Any, ys: Array, count: int) -> Any:
+    """The noise as given, checked; else the spread of `ys`, since the search has absolute
+    tolerances."""
+    noise, used = given.noise, int((~np.isnan(np.asarray(ys))).sum())
+    rule = getattr(likelihood, "noise_rule", "unused")
+    if noise is not None and rule == "unused":
+        what = "residual" if likelihood is None else f"likelihood={given.likelihood!r}"
+        what = "a likelihood of your own" if callable(given.likelihood) else what
+        raise ValueError(f"{arg('noise')} is not used with {what}. Leave one out.")
+    if noise is None and rule == "needed":
+        raise ValueError(
+            f"{arg('noise')} is needed for likelihood={given.likelihood!r}. Pass numbers, or a "
+            "function of the parameters to estimate it: noise=lambda params: params['k']."
+        )
+    if noise is None and rule == "unused":
+        return jnp.asarray(1.0, ys.dtype)
+    if noise is None:
+        if given.prior is not None:
+            raise ValueError(f"{arg('prior')} is weighed against the noise. Pass noise, too.")
+        if used <= count:
+            raise ValueError(
+                f"{arg('ys')} must be more than the {count} parameters, to say the noise; got "
+                f"{used}. Pass noise."
+            )
+        values = np.asarray(ys, float)
+        values = np.log(values) if isinstance(likelihood, LogNormal) else values
+        return jnp.asarray(spreads(values, jnp.ndim(given.ts) - 1) or 1.0, ys.dtype)
+    return noise if callable(noise) else _noise_numbers(noise, ys)
+
+
+def _noise_numbers(noise: Any, ys: Array) -> Array:
+    found = floating(numbers("noise", noise)).astype(ys.dtype)
+    if not bool(((found > 0) & jnp.isfinite(found)).all()):
+        raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
+    if not broadcasts(found.shape, ys.shape):
+        raise ValueError(
+            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {found.shape}."
+        )
+    return found
+
+
+def _check_noise_shape(problem: ObservedODE) -> None:
+    """Raise unless a function of the noise returns what broadcasts with an observation."""
+    noise: Any = problem.noise
+    rows = problem.row_args
+    by_row = rows is not None and needs_row(noise)
+    row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
+    found = jax.eval_shape(noise, problem.given(problem.template), *row)
+    one = problem.ys.shape[problem.ts.ndim :]
+    if not broadcasts(getattr(found, "shape", (-1,)), one):
+        raise ValueError(
+            f"{arg('noise')} must return what broadcasts with an observation, {one}; got {found}."
+        )
+
+
+def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
+    if not isinstance(state, jax.Array):
+        raise ValueError(f"{arg('y0')} must be one array without observe. Pass it.")
+    whole = (*ts.shape, *state.shape[ts.ndim - 1 :])
+    if whole != ys.shape:
+        lacks_axis = whole == (*ys.shape, 1)
+        index = f"ys[{', '.join(':' * ys.ndim)}, None]"
+        cure = f"{index}, since y0 is an array" if lacks_axis else "observe(t, y, params)"
+        raise ValueError(
+            f"{arg('ys')} must be states, {whole}, without observe; got shape {ys.shape}. Pass "
+            f"{cure}."
+        )
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of a shape broadcasts to another one."""
+    try:
+        return jnp.broadcast_shapes(shape, to) == to
+    except (ValueError, TypeError):
+        return False

@@ -1,0 +1,117 @@
+"""The problem that the loop solves, and its stepper."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from jaxode._jax.sharding import AxisName
+from jaxode.ode.loop.step_size import Controller
+
+
+class Slope(NamedTuple):
+    """The vector field as a function of time and state alone."""
+
+    field: Any
+    args: PyTree
+    piece: Float[Array, "rows 2"] | None = None
+    """The ends of the piece of the solve in which it is evaluated, if it may jump there."""
+    seen: Callable[..., Any] = lambda t, y: (t, y)
+    """The time and state at which it is evaluated instead of the given ones."""
+
+    def __call__(
+        self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
+    ) -> Float[Array, "samples n"]:
+        return self.field(*self._inside(t, y), self.args)
+
+    @property
+    def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
+        """Its Jacobian by the state, if the user gave one."""
+        jacobian = self.field.jacobian
+        return jacobian and (lambda t, y: jacobian(*self._inside(t, y), self.args))
+
+    def _inside(self, t, y):
+        """At an end of the piece, the time is some roundings inside."""
+        t, y = self.seen(t, y)
+        if self.piece is None:
+            return t, y
+        low, high = jnp.min(self.piece, axis=1), jnp.max(self.piece, axis=1)
+        eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
+
+        def gap(end):  # beside zero, too, a time has a size
+            return jnp.minimum(4 * eps * jnp.maximum(jnp.abs(end), eps * largest), (high - low) / 4)
+
+        first, last = low + gap(low), high - gap(high)
+        seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
+        return t + jax.lax.stop_gradient(seen - t), y
+
+
+class InitialValueProblem(NamedTuple):
+    """An initial value problem: `dy/dt = field(t, y, args)`, `y(t0) = y0`, up to `t1`.
+
+    The cotangents of a problem are also an `InitialValueProblem`, and so are the flags of which
+    leaves are differentiated.
+    """
+
+    field: Any
+    """`(t [rows], y [samples, n], args) -> dy/dt [samples, n]`, without closed-over values."""
+    args: PyTree
+    """`(shared, row_args)`: arguments that all samples share, and leaves `[samples, ...]`."""
+    y0: Float[Array, "samples n"]
+    t0: Float[Array, " rows"]
+    t1: Float[Array, " rows"]
+    ts: Float[Array, "times rows"] | None
+    """The times of the outputs."""
+    outputs: Int[Array, " rows"] | None = None
+    """The number of outputs per row. Later ones are padding, with the state of the last output."""
+    h0: Float[Array, " rows"] | None = None
+    """The first step to try, with its sign. NaN in rows for which the stepper chooses it."""
+    piece: Float[Array, "rows 2"] | None = None
+    """The ends between which the field is evaluated, if it has breakpoints."""
+
+    @property
+    def slope(self) -> Slope:
+        """The vector field at one time and state."""
+        return Slope(self.field, self.args, self.piece)
+
+
+class Stepper(eqx.Module):
+    """A method, with error control or a number of equal steps."""
+
+    method: Any = eqx.field(static=True)
+    """A `Method`."""
+    controller: Controller
+    steps: int | None = eqx.field(static=True, default=None)
+    """The number of equal steps, or None."""
+    dense: bool = eqx.field(static=True, default=False)
+    """Whether to keep all accepted steps, so that the solution is known between the ends."""
+    precision: str | None = eqx.field(static=True, default=None)
+    """The precision of matrix products in the vector field."""
+    throw: bool = eqx.field(static=True, default=False)
+    """Whether a failed backward solve raises."""
+    stop: Any = None
+    """The `Crossing` that may end a row."""
+
+    @property
+    def axis_name(self) -> AxisName | None:
+        """The device axes over which the state is split."""
+        return self.controller.axis_name
+
+    @property
+    def most_steps(self) -> int:
+        """The largest number of accepted steps."""
+        return self.controller.max_steps if self.steps is None else self.steps
+
+    def controlled(self, **changed: Any) -> "Stepper":
+        """With other settings of its controller."""
+        controller = dataclasses.replace(self.controller, **changed)
+        return dataclasses.replace(self, controller=controller)
+
+
+def weighted_sum(weights: Float[Array, "*sums stages"], k: Float[Array, "stages samples n"]):
+    """`sum_i weights_i k_i`, or several of them."""
+    return jnp.tensordot(weights, k, axes=1, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,195 @@
+"""What `series.fit` returns: densities, forecasts and states of irregular series."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jaxode._checks.arguments import check_not_traced, integer, numbers
+from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key
+from jaxode._jax.closure import compiled
+from jaxode.series.mixture import Mixture
+from jaxode.series.series_network import Seen, SeriesNetwork
+from jaxode.series.units import Units, as_float, check_at, check_series, last_observed
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """The distribution of irregular series with gaps. Made by `series.fit`.
+
+    Methods take series as `fit` does: times `ts` `[rows, times]` and values `ys`
+    `[rows, times, channels]`, NaN where nothing was observed; and the `context` of training, if
+    there was one. Later times `at` are `[times]`, or `[rows, times]`. They increase, none lies
+    before the last observation of its row, and a shorter row repeats its last one. Wrong series and
+    times raise TypeError or ValueError.
+    """
+
+    params: SeriesNetwork
+    units: Units
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        """The channels of a time."""
+        return self.units.mean.shape
+
+    def with_params(self, params: SeriesNetwork) -> "Series":
+        """The same model with another network."""
+        return dataclasses.replace(self, params=params)
+
+    @public("Series.log_prob")
+    def log_prob(self, ts: Any, ys: Any, *, context: Any = None) -> Float[np.ndarray, " rows"]:
+        """The log-density of all observed values, `[rows]`, in nats, in the units of the data.
+
+        By the chain rule over times. At one time, the density of the channels that were observed is
+        a marginal of the joint density, in closed form.
+        """
+        _, seen, given = self._read(ts, ys, context)
+        nats = np.asarray(log_probs(self.params, seen, given), float)
+        return nats - (seen.there * np.log(self.units.sd)).sum(axis=(1, 2))
+
+    @public("Series.forecast")
+    def forecast(
+        self, key: PRNGKeyArray, ts: Any, ys: Any, at: Any, n: int = 100, *, context: Any = None
+    ) -> Float[np.ndarray, "n rows times channels"]:
+        """Draw `n` futures of each row by the key, `[n, rows, times, channels]`: the values at each
+        of the later times, given the past and the drawn ones before.
+
+        Draws beyond the range of training by more than half of it are drawn again, and moved there
+        after eight tries: the network never read such values. `mean` and `quantile` have no limits.
+        """
+        key, n = check_key(key), integer("n", n)
+        seen, given, dt, parts = self._read_to(ts, ys, at, context)
+        keys = jax.random.split(key, (len(dt), n))
+        limits = self.units.limits
+        drawn = np.asarray(_forecast(self.params, seen, given, dt, parts, keys, limits), float)
+        return self._in_units(drawn.swapaxes(0, 1))
+
+    @public("Series.mean")
+    def mean(
+        self, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "rows times channels"]:
+        """The mean at each of the later times given the past, `[rows, times, channels]`. It needs
+        no draws."""
+        ahead = self._ahead(ts, ys, at, context)[1]
+        return self._in_units(np.asarray(_mean(ahead), float))
+
+    @public("Series.quantile")
+    def quantile(
+        self, q: Any, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "*levels rows times channels"]:
+        """Quantiles of each channel at each of the later times given the past,
+        `[*levels, rows, times, channels]`. `q` is a level between 0 and 1, or an array of them. It
+        needs no draws."""
+        levels = np.asarray(numbers("q", q), float)
+        if not ((levels > 0) & (levels < 1)).all():
+            raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")
+        ends = as_float(np.stack([levels.ravel(), 1 - levels.ravel()], axis=1))
+        if (ends < (least := np.finfo(ends.dtype).tiny)).any():
+            raise ValueError(
+                f"{arg('q')} must be at least {least:.2g}, and as far from 1, in {ends.dtype}; got "
+                f"{q}. Take a level further inside."
+            )
+        ahead = self._ahead(ts, ys, at, context)[1]
+        found = np.asarray(_quantile(ahead, ends), float)
+        return self._in_units(found.reshape(*levels.shape, *found.shape[1:]))
+
+    @public("Series.state")
+    def state(
+        self, ts: Any, ys: Any, at: Any, *, context: Any = None
+    ) -> Float[np.ndarray, "rows times numbers"]:
+        """The state at each of the later times, `[rows, times, size + 2 * channels]`.
+
+        It joins the hidden state, the last value of each channel in standardized units, and
+        `exp(-age)` of that value in median spans of a series. Both are zero for a channel that was
+        never seen.
+        """
+        return np.asarray(self._ahead(ts, ys, at, context)[0])
+
+    def _read(self, ts: Any, ys: Any, context: Any) -> tuple[np.ndarray, Seen, Any]:
+        """The last time of each row, the series as the network sees them, and the context."""
+        check_not_traced("looks at the data", ts, ys, context)
+        ts, ys = check_series(ts, ys)
+        if ys.shape[2:] != self.event_shape:
+            raise ValueError(
+                f"{arg('ys')} must have {len(self.units.mean)} channels, as in training; got "
+                f"{ys.shape[2]}. Fill channels that were not observed with NaN."
+            )
+        return last_observed(ts, ys), self.units.seen(ts, ys), self.units.known(context, len(ts))
+
+    def _read_to(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Seen, Any, Any, Any]:
+        """The series, the context, the times between forecasts, and in how many parts each goes."""
+        last, seen, given = self._read(ts, ys, context)
+        at = check_at(at, last)
+        dt = np.diff(at, axis=1, prepend=last[:, None]) / self.units.time
+        return seen, given, as_float(dt), self.units.parts("at", dt)
+
+    def _ahead(self, ts: Any, ys: Any, at: Any, context: Any) -> tuple[Any, Mixture]:
+        """States and densities at later times."""
+        return _ahead(self.params, *self._read_to(ts, ys, at, context))
+
+    def _in_units(self, y: np.ndarray) -> np.ndarray:
+        return self.units.mean + self.units.sd * y
+
+
+@compiled
+def log_probs(network: SeriesNetwork, seen: Seen, context: Any) -> Float[Array, " rows"]:
+    """Nats of each row, in standardized units."""
+    return jax.vmap(network.log_prob)(seen, context)
+
+
+@compiled
+def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any):
+    """States and densities at later times, without jumps."""
+
+    def of(seen, context, *each):
+        ever = jnp.any(seen.there, axis=0)
+
+        def step(state, each):
+            state = network.later(state, *each)
+            recency = jnp.where(ever, jnp.exp(-state.since), 0.0)
+            known = jnp.concatenate([state.h, state.last, recency])
+            return state, (known, network.predict(state))
+
+        return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
+
+    return jax.vmap(of)(seen, context, dt, parts)
+
+
+@compiled
+def _forecast(
+    network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any, keys: Any, limits: Any
+):
+    """Draws `[rows, n, times, channels]`, which the state jumps at."""
+
+    def draw(state, dt, parts, key):
+        def step(state, each):
+            dt, parts, key = each
+            state = network.later(state, dt, parts)
+            mixture = network.predict(state)
+            y = mixture.sample_within(key, *limits)
+            return network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y
+
+        return jax.lax.scan(step, state, (dt, parts, jax.random.split(key, len(dt))))[1]
+
+    def of(seen, context, dt, parts, keys):
+        state, _ = network.read(seen, context)
+        return jax.vmap(draw, (None, None, None, 0))(state, dt, parts, keys)
+
+    return jax.vmap(of)(seen, context, dt, parts, keys)
+
+
+@compiled
+def _mean(ahead: Mixture):
+    return jax.vmap(jax.vmap(lambda mixture: mixture.moments()[0]))(ahead)
+
+
+@compiled
+def _quantile(ahead: Mixture, ends: Any):
+    def of_rows(end):
+        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(*end)))(ahead)
+
+    return jax.lax.map(of_rows, ends)

@@ -1,0 +1,353 @@
+"""Train the density of a table."""
+
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from jaxode._checks.arguments import check_bool, integer, is_number
+from jaxode._checks.caller import arg, public
+from jaxode._checks.samples import check_key, check_weights
+from jaxode._jax.precision import single_precision
+from jaxode.density.density import Density, bind
+from jaxode.density.maps.whiten import dependent_columns, principal_axes
+from jaxode.flows.bases import standard_normal, torus
+from jaxode.flows.construct import cnf
+from jaxode.nn import Ensemble, Residual, field
+from jaxode.tabular import categorical, frames
+from jaxode.tabular.columns.kinds import encoder_of
+from jaxode.tabular.columns.periodic import TURN
+from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
+from jaxode.tabular.predictions.level_calibration import calibrated
+from jaxode.tabular.table import Table
+from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, Dataset, split_rows
+from jaxode.training.devices import Devices
+from jaxode.training.display import finish
+from jaxode.training.fit import MATCHING_RATE, Keys, adam, members_of, train
+from jaxode.training.loop import Clock, Limits, Plan, Point
+from jaxode.training.sources import InMemory
+from jaxode.training.trials import powers_to_try
+
+MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
+WIDTH_OF_MEMBER, BATCH_OF_MEMBER = 64, 256
+# Up to which the weights decay at the full rate: that of one network, which learns the rows, and
+# that of each of several, whose mean does not.
+FEW_ROWS, DECAY, DECAY_OF_MEMBER = 3000, 1.0, 0.3
+# Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
+# then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
+ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
+SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
+
+
+@public("tabular.fit", single_precision)
+def fit(
+    frame: Any,
+    *,
+    key: PRNGKeyArray,
+    given: Any = (),
+    kinds: dict[str, str | tuple[str, float] | tuple[str, str]] | None = None,
+    bounds: dict[str, tuple[float | None, float | None]] | None = None,
+    other: int | None = None,
+    seconds: float | None = None,
+    steps: int | None = None,
+    validation: float | Any = 0.1,
+    members: int | None = None,
+    calibrate: bool | None = None,
+    weights: Any = None,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> tuple[Table, list[Point]]:
+    """Train the density of a table with categories, integers and missing values.
+
+    A row's log-probability is that of its categories, of what is missing and of numbers that are
+    repeated, by an autoregressive network; plus the log-density of its other numbers given those,
+    by `jaxode.fit`. Numbers that are rounded get noise of the rounding, whose density counts.
+
+    Args:
+        frame: rows, of pandas, polars or pyarrow.
+        key: draws everything: the rows set aside, batches and noise.
+        given: names of columns that are not modelled: the density is conditional on them.
+        kinds: "categorical", "integer" or "continuous", for columns whose type does not say it. By
+            default strings, categories and booleans are categorical, whole numbers are integers.
+            Or ("periodic", period) for angles, hours and the like, whose end is their start;
+            "periodic" alone takes the first of 1, 2 pi, 7, 12, 24, 60 and 360 that holds them.
+            Dates and times are "date": integers of the coarsest unit that holds them all, from
+            years to microseconds, in wall-clock time. So are texts that you call "date", or
+            ("date", format) with a format of `datetime.strptime`. Given ones also enter as angles
+            of the year, the week and the day.
+        bounds: `(low, high)` of columns that have any, such as `{"income": (0, None)}`; of dates,
+            dates or ISO texts. Samples respect them.
+        other: categories with fewer rows are pooled, and unseen ones of given columns count as one
+            of those. By default all of given columns and the 500 most frequent ones of others are
+            kept, and unseen ones raise where none are pooled.
+        seconds: end after this time of training; a minute by default. A quarter goes to the
+            categories.
+        steps: end both trainings after this many steps. Without `seconds`, the result is a function
+            of `key`.
+        validation: the part of the rows to set aside, another one for each network, or a frame of
+            others. At most 1000 are used, and none of a frame whose density is zero, with a
+            warning.
+        members: networks, each with an equal part of the seconds: of the numbers, whose fields are
+            averaged (`jaxode.nn.Ensemble`), and of the categories, whose probabilities are. Five
+            by default up to 5000 rows, and one beyond.
+        calibrate: whether to change the levels of a number, given other columns, so that they hold
+            on the rows aside, each judged by a network that did not train on it. The mean of
+            several networks is often sharper than they are, and its intervals then cover too much.
+            No by default: networks that are best on rows aside have about right levels there.
+        weights: of the rows, at least 0, as for `jaxode.fit`. `other` counts rows, whatever their
+            weights.
+        mesh: devices of one process to train the numbers on, as for `jaxode.fit`; the categories
+            take one of them.
+        progress: show steps, the loss of validation rows and the time left on stderr.
+
+    Returns:
+        The table, and the validations in training: phases "categories" and "matching".
+
+    Raises:
+        TypeError, ValueError: for a frame that is no table, an unknown column, or a wrong option.
+
+    Warns:
+        UserWarning: of numbers that depend on each other linearly: they have no density; and of
+            more than 500 categories in a modelled column, or more than a tenth of the rows; and of
+            rows of a frame `validation` that are left out.
+    """
+    begin = time.perf_counter()
+    keys = jax.random.split(check_key(key), 4)
+    limits = Limits.of(steps, seconds)
+    check_bool("progress", progress)
+    plan = Plan(limits, progress=progress, devices=Devices.of(mesh, Plan(limits).batch_size))
+    if plan.devices.several_processes:
+        raise ValueError(
+            f"{arg('mesh')} must have devices of one process, since each would read its own "
+            "columns; got several. Train in one process."
+        )
+    other = None if other is None else integer("other", other, 2)
+    frame, weights = _checked_frame(frame, weights)
+    encoder = encoder_of(frame, given, kinds or {}, bounds or {}, other, weights)
+    calibrate = _calibrates(encoder, calibrate)
+    members = _members(members, len(frame))
+    parts = _split(encoder, frame, validation, keys[0], members, weights)
+    _warn_of_dependence(encoder, parts[0].rows)
+
+    network, density, moments, points = None, None, None, []
+    if encoder.discrete:
+        if encoder.numbers:
+            limits, of_rest = _split_seconds(limits, categorical.PART_OF_SECONDS)
+            plan = plan._replace(limits=of_rest)
+        network, points = _train_categories(encoder, parts, keys[1], limits, progress, begin)
+    if encoder.numbers:
+        density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
+        if calibrate:
+            density = calibrated(density, *_levels_aside(encoder, density, parts, keys[3]))
+        moments, points = _moments(encoder, parts[0], keys[3]), points + more
+    elif progress:
+        finish()
+    return Table(encoder, network, density, moments), points
+
+
+def _checked_frame(frame: Any, weights: Any) -> tuple[Any, np.ndarray | None]:
+    """The rows that have a weight, and their weights, if there are any."""
+    frame = frames.as_frame("frame", frame)
+    if weights is not None:
+        weights = np.asarray(check_weights(weights, jnp.zeros(len(frame))))
+        frame, weights = frame.filter((weights > 0).tolist()), weights[weights > 0]
+    if not frame.columns:
+        raise ValueError(f"{arg('frame')} must have at least one column; got none.")
+    if len(frame) < MIN_ROWS:
+        raise ValueError(f"{arg('frame')} must have at least {MIN_ROWS} rows; got {len(frame)}.")
+    return frame, weights
+
+
+def _split_seconds(limits: Limits, part: float) -> tuple[Limits, Limits]:
+    """Limits of two trainings, of which the first one gets a part of the seconds."""
+    first, rest = part * limits.seconds, (1 - part) * limits.seconds
+    return limits._replace(seconds=first), limits._replace(seconds=rest)
+
+
+def _members(members: int | None, rows: int) -> int:
+    """The number of networks of the numbers."""
+    if members is not None:
+        return integer("members", members)
+    return MEMBERS if rows <= MAX_ROWS_OF_SEVERAL else 1
+
+
+class Part(NamedTuple):
+    """Rows to train a network on, and rows aside, with weights if there are any."""
+
+    rows: Encoded
+    aside: Encoded
+    weights: np.ndarray | None = None
+    of_aside: np.ndarray | None = None
+
+
+def _split(
+    encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int, weights: Any
+) -> list[Part]:
+    """The part of each member, with other rows aside, if they are rows of the frame."""
+    rows = encoder.encode(frame)
+    draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+    def take(rows, chosen):
+        return jax.tree.map(lambda leaf: leaf[chosen], rows)
+
+    if not is_number(validation):
+        aside = encoder.encode(frames.as_frame("validation", validation), "validation")
+        possible = encoder.possible(aside)
+        known = np.flatnonzero(possible)
+        if not len(known):
+            raise ValueError(
+                f"{arg('validation')} must have at least one row whose values were in training; "
+                "got none."
+            )
+        if len(known) < len(possible):
+            warnings.warn(
+                f"{arg('validation')} must have values that were in training; got others in "
+                f"{len(possible) - len(known)} of {len(possible)} rows, such as row "
+                f"{np.argmin(possible)}. Their density is zero, and the score leaves them out.",
+                stacklevel=4,
+            )
+        aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
+        return [Part(rows, aside, weights)] * members
+
+    def of(chosen):
+        return None if weights is None else weights[chosen]
+
+    return [
+        Part(take(rows, own), take(rows, aside), of(own), of(aside))
+        for own, aside in split_rows(validation, draw.permutation(len(frame)), members)
+    ]
+
+
+def _train_categories(
+    encoder: Encoder,
+    parts: list[Part],
+    key: PRNGKeyArray,
+    limits: Limits,
+    progress: bool,
+    begin: float,
+) -> tuple[categorical.Autoregressive, list[Point]]:
+    """Train a network on each part, one after the other, of which each has as many seconds."""
+    limits = limits._replace(seconds=limits.seconds / len(parts))
+
+    def pair(rows):
+        return (rows.modes[:, encoder.discrete], rows.given)
+
+    networks, points, keys = [], [], jax.random.split(key, len(parts))
+    for i, (rows, aside, *weights) in enumerate(parts):
+        name = "categories" if len(parts) == 1 else f"categories {i + 1} of {len(parts)}"
+        network, more = categorical.train(
+            keys[i], encoder.sizes, pair(rows), pair(aside), weights, limits, progress * name, begin
+        )
+        networks, points = [*networks, network], points + more
+    if len(networks) == 1:
+        return networks[0], points
+    return categorical.Average(encoder.sizes, tuple(networks)), points
+
+
+def _train_numbers(
+    encoder: Encoder,
+    parts: list[Part],
+    plan: Plan,
+    key: PRNGKeyArray,
+    begin: float,
+) -> tuple[Density, list[Point]]:
+    """Train the density of the numbers, with the modes of their rows as context."""
+    cells = encoder.as_cells(parts[0].rows)
+    noise = CellNoise.of(encoder.domain, cells)
+
+    def dataset(part: Part) -> Dataset:
+        source = InMemory(encoder.as_cells(part.rows), weights=part.weights)
+        return Dataset(source, encoder.as_cells(part.aside), noise, part.of_aside)
+
+    datasets = list(map(dataset, parts))
+    size, context = len(encoder.numbers), cells.context
+    features = 0 if context is None else context.shape[1]
+    network_key, train_key = jax.random.split(key)
+    angle, period, base = encoder.domain.angle, None, standard_normal(size)
+    if angle.any():
+        period = np.where(angle, TURN, np.inf)
+        base = torus(size, period)
+
+    known = {"context_size": features, "period": period}
+    part_of_few, decay = min(1.0, FEW_ROWS / len(parts[0].rows.modes)), DECAY
+    if len(parts) == 1:
+        params = Residual(size, key=network_key, **known)
+    else:
+
+        def make(key):
+            return Residual(size, WIDTH_OF_MEMBER, key=key, **known)
+
+        params = Ensemble(make, len(parts), key=network_key)
+        plan, decay = plan._replace(batch_size=BATCH_OF_MEMBER), DECAY_OF_MEMBER
+    flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
+    support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
+    density = bind(flow, params, support=support)
+    optimizer = adam(MATCHING_RATE, decay * part_of_few)
+    plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
+    keys = Keys(*jax.random.split(train_key, 5))
+    return train(density, datasets, plan, keys, Clock(begin))
+
+
+def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
+    """Whether levels are calibrated. Raises if they cannot be."""
+    if calibrate is not None:
+        check_bool("calibrate", calibrate)
+    if calibrate and (len(encoder.numbers) != 1 or len(encoder.columns) != 1):
+        raise ValueError(
+            f"{arg('calibrate')} needs one modelled column, of more than a few numbers; got "
+            f"{[column.name for column in encoder.columns]}. Train with given= all others."
+        )
+    if calibrate and encoder.domain.angle.any():
+        raise ValueError(
+            f"{arg('calibrate')} needs a number with an order; {encoder.columns[0].name!r} is "
+            "periodic. Leave it out."
+        )
+    return bool(calibrate)
+
+
+def _levels_aside(
+    encoder: Encoder, density: Density, parts: list[Part], key: PRNGKeyArray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The levels of rows aside, each in the density of a network that did not train on it, and
+    their weights, if there are any."""
+    found, weights = [], []
+    for part, network in zip(parts, members_of(density.params), strict=False):
+        cells = encoder.as_cells(part.aside)
+        x, _ = with_noise(encoder.domain, cells, key)
+        levels = density.with_params(network).cdf(x, context=cells.context)
+        there = ~cells.fill[:, 0]
+        found.append(np.asarray(levels)[there])
+        weights.append(None if part.of_aside is None else part.of_aside[there])
+    return np.concatenate(found), None if weights[0] is None else np.concatenate(weights)
+
+
+def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):
+    """Mean and covariance of the numbers without their bounds, for proposals."""
+    x, _ = with_noise(encoder.domain, encoder.as_cells(part.rows), key)
+    v = np.asarray(out_of_domain(encoder.domain, x), float)
+    covariance = np.atleast_2d(np.cov(v.T, aweights=part.weights))
+    return np.average(v, axis=0, weights=part.weights), covariance
+
+
+def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:
+    modelled = [encoder.columns[i] for i in encoder.numbers]
+    smooth = [j for j, c in enumerate(modelled) if not (c.grids[-1] or rows.fill[:, j].any())]
+    start = np.cumsum([0, *(column.width for column in encoder.given)])
+    simple = [i for i, c in enumerate(encoder.given) if c.width == 1 and c.kind != "categorical"]
+    names = np.array([modelled[j].name for j in smooth] + [encoder.given[i].name for i in simple])
+    table = np.concatenate([rows.low[:, smooth], rows.given[:, start[simple]]], 1)
+    names, table = names[table.std(axis=0) > 0], table[:, table.std(axis=0) > 0]
+    if table.shape[1] < 2 or len(table) <= table.shape[1]:
+        return
+    involved = names[dependent_columns(*principal_axes(table))].tolist()
+    if {column.name for column in modelled} & set(involved):
+        warnings.warn(
+            f"tabular.fit(frame=...): columns {involved} depend on each other linearly. Together "
+            "they have no density: the likelihood has no bound. Leave one out.",
+            stacklevel=4,
+        )

@@ -1,0 +1,329 @@
+"""The distribution of one modelled number given the other columns.
+
+It is a mixture of atoms, which are numbers that are repeated, and of a density for each grid. A
+density of one number has exact levels and quantiles, one solve each. So the quantile of atoms and
+one grid takes the levels at the atoms, and then one quantile of the density; that of several grids
+is searched for (`several_grids.py`). Means and scores are sums over points of the curve of level
+and value, which are dense where it is steep, and where it is flat.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxode._checks.arguments import floating_dtype
+from jaxode._checks.caller import arg
+from jaxode._checks.errors import SolveError
+from jaxode.density.density import Density
+from jaxode.tabular import frames
+from jaxode.tabular.categorical import Autoregressive
+from jaxode.tabular.columns.column import Column
+from jaxode.tabular.encoding import Encoder, read
+from jaxode.tabular.predictions import several_grids
+from jaxode.tabular.predictions.curves import FURTHEST, MORE_POINTS, points_between, refined
+from jaxode.tabular.predictions.several_grids import GridMixture
+
+NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
+LEAST = 1e-6  # probability of a grid that counts
+LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
+TAIL_ROUNDING = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
+INFINITE_FROM = 1e30  # scaled numbers beyond are infinite
+ROWS_OF_PREDICTION = 1000  # at a time
+ROWS_MULTIPLE = 64  # few sizes are compiled: some numbers of rows are padded to a multiple of it
+
+
+class Grid(NamedTuple):
+    """The density of the numbers on a grid, in some rows."""
+
+    index: int
+    rows: np.ndarray
+    """`[rows]`, their numbers in the frame."""
+    share: np.ndarray
+    """`[rows]`, its probability."""
+    context: Any
+
+    def of(self, rows: np.ndarray) -> "Grid":
+        """Some of these rows."""
+        context = None if self.context is None else self.context[rows]
+        return Grid(self.index, self.rows[rows], self.share[rows], context)
+
+
+class Predictive:
+    """The distributions of a column in the rows of a frame."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        categories: Autoregressive | None,
+        density: Density | None,
+        frame: Any,
+    ):
+        self.column, self.encoder, self.density = _target(encoder), encoder, density
+        self.frame = frames.as_frame("frame", frame)
+        self.given = encoder.features(self.frame)
+        self.atoms = np.array(self.column.values, float)
+        shares = np.ones((len(self.given), self.column.present))
+        if categories is not None:
+            shares = np.exp(np.asarray(_log_shares(categories, self.given), float))
+            if (wrong := ~np.isfinite(shares).all(axis=1)).any():
+                raise self._failure(int(np.argmax(wrong)))
+        shares = shares[:, : self.column.present]
+        self.shares = shares / shares.sum(axis=1, keepdims=True)
+
+    def values(self) -> np.ndarray:
+        """The value of each row."""
+        name = self.column.name
+        values, missing, text = read("frame", self.frame, self.column)
+        if text:
+            raise TypeError(f"{arg('frame')} column {name!r} must hold numbers, as in training.")
+        for row in np.flatnonzero(missing):
+            raise ValueError(
+                f"{arg('frame')} column {name!r} must have a value in each row; got a missing one "
+                f"in row {row}. Leave the row out."
+            )
+        return values.astype(float)
+
+    def in_units_of_data(self, y: np.ndarray) -> np.ndarray:
+        """Numbers as they are, or as dates."""
+        return y if self.column.dates is None else self.column.dates.moments(y)
+
+    def refuse_dates(self) -> None:
+        """Raise for a column of dates, which have no unit to add or to measure in."""
+        if self.column.dates is not None:
+            raise ValueError(
+                f"{arg('frame')} means and scores need a column of numbers; got the dates "
+                f"{self.column.name!r}. Take quantile(0.5, frame) or cdf(frame)."
+            )
+
+    def cdf(self, y: np.ndarray) -> np.ndarray:
+        """The probability of at most `y`."""
+        return self._cdf(slice(0, None), y[:, None])[:, 0]
+
+    def quantile(self, levels: np.ndarray, name: str = "q") -> np.ndarray:
+        """The least numbers that reach these levels of the argument `name`, `[rows, levels]`."""
+        if not levels.size:
+            return np.zeros((len(self.given), 0))
+        if self.column.grids:
+            _check_tails(name, levels)
+        # Errors of solves may swap quantiles at levels that are hardly apart.
+        order = np.argsort(levels)
+        y = self._each(lambda part: self._quantiles(part, levels[order]))
+        return np.maximum.accumulate(y, axis=1)[:, np.argsort(order)]
+
+    def each(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
+        """A function of sorted values, their weights, and rows."""
+        return self._each(lambda part: f(*self._points(part), *[x[part] for x in rows]))
+
+    def _each(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
+        """A function of some rows at a time."""
+        starts = range(0, max(len(self.given), 1), ROWS_OF_PREDICTION)
+        return np.concatenate([f(slice(start, start + ROWS_OF_PREDICTION)) for start in starts])
+
+    def _grids(self, part: slice) -> list[Grid]:
+        """The grids that count."""
+        first, given = len(self.atoms), self.given[part]
+        shares = self.shares[part, first:].T
+        counts = [i for i, share in enumerate(shares) if share.max(initial=0) > LEAST]
+        modes = [np.full((len(given), 1), first + i) for i in counts]
+        rows = np.arange(len(self.given))[part]
+        return [
+            Grid(i, rows, shares[i], self.encoder.context(mode, given))
+            for i, mode in zip(counts, modes, strict=True)
+        ]
+
+    def _cdf(self, part: slice, y: np.ndarray) -> np.ndarray:
+        """The probability of at most `y`, `[rows, numbers]`."""
+        grids = self._grids(part)
+        rows = self._mixture(part, grids)
+        rows = rows._replace(atoms=rows.atoms[:, None], shares=rows.shares[..., None])
+        each = zip(grids, rows.ends(y), strict=True)
+        levels = np.array([self._levels(grid, end) for grid, end in each]).reshape(-1, *y.shape)
+        return np.clip(rows.level(y, levels), 0.0, 1.0)
+
+    def _quantiles(self, part: slice, levels: np.ndarray) -> np.ndarray:
+        grids = self._grids(part)
+        if len(grids) > 1:
+            return self._searched(part, grids, levels)
+        if grids and not len(self.atoms):
+            return self._numbers(grids[0], levels)
+        shares = self.shares[part, : len(self.atoms)]
+        below = np.cumsum(np.pad(shares, ((0, 0), (1, 0))), axis=1)
+        reached = self._cdf(part, np.broadcast_to(self.atoms, shares.shape))
+        passed = np.sum(reached[:, None] < levels[:, None], axis=2)
+        # The next atom is the quantile if the numbers before it do not reach the level.
+        ends = np.concatenate([reached - shares, np.full((len(shares), 1), np.inf)], axis=1)
+        is_atom = np.take_along_axis(ends, passed, 1) < levels
+        around = np.concatenate([[-np.inf], self.atoms, [np.inf]])
+        low, high = around[passed], around[passed + 1]
+        if not grids:  # rounding may keep the sum of all atoms below a level
+            return np.where(np.isfinite(high), high, low)
+        rest = levels - np.take_along_axis(below, passed, 1)
+        rest = rest / np.maximum(grids[0].share, LEAST)[:, None]
+        y = self._numbers(grids[0], np.where(is_atom, 0.5, rest))
+        return np.where(is_atom, high, np.clip(y, low, high))
+
+    def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
+        """Search from the least quantile of a part to the largest."""
+        unit = self.column.grids[-1]
+        solved = several_grids.with_others(levels)
+        x = np.stack([self._solved_quantiles(grid, _told_apart(solved)) for grid in grids])
+        rows, count = x.shape[1], len(levels)
+        parts = [self._rounded(grid, x[i, :, :count]) for i, grid in enumerate(grids)]
+        parts += [np.full((rows, count), atom) for atom in self.atoms]
+        ends = np.min(parts, axis=0).reshape(-1) - unit, np.max(parts, axis=0).reshape(-1)
+        lines = several_grids.Lines.of_quantiles(x, solved)
+        lines = several_grids.Lines(*(leaf[..., :count].reshape(len(grids), -1) for leaf in lines))
+        row = np.repeat(np.arange(rows), count)
+
+        def levels_at(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+            each = zip([grid.of(row[numbers]) for grid in grids], x, strict=True)
+            return np.stack([self._levels(grid, at[:, None])[:, 0] for grid, at in each])
+
+        of_rows = self._mixture(part, grids).of(row)
+        y = several_grids.quantiles(of_rows, np.tile(levels, rows), lines, ends, levels_at)
+        return y.reshape(rows, count)
+
+    def _mixture(self, part: slice, grids: list[Grid]) -> GridMixture:
+        """The probabilities in each row."""
+        shares, first, on = self.shares[part], len(self.atoms), [grid.index for grid in grids]
+        return GridMixture(self.column, shares[:, :first], shares[:, first:].T[on], on)
+
+    def _numbers(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
+        """The numbers on a grid at levels, of all rows or `[rows, levels]` of each."""
+        return self._rounded(grid, self._solved_quantiles(grid, _told_apart(levels)))
+
+    def _rounded(self, grid: Grid, x: np.ndarray) -> np.ndarray:
+        """The numbers in whose cells these scaled ones lie."""
+        column = self.column
+        y = column.round_down(x * column.scale + column.center, grid.index)
+        return np.clip(y, column.low, column.high)
+
+    def _solved_quantiles(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
+        """Scaled numbers `[rows, levels]`."""
+        density, rows = self.density, len(grid.share)
+        assert density is not None
+        q, paired = jnp.asarray(levels), levels.ndim > 1
+        x = self._solved(lambda c: density.quantile(q, context=c, paired=paired), grid)
+        return np.broadcast_to(x, (rows, levels.shape[-1]))
+
+    def _levels(self, grid: Grid, x: np.ndarray) -> np.ndarray:
+        """The levels of scaled numbers `[rows, numbers]` in the density of a grid."""
+        x = np.where(np.abs(x) < INFINITE_FROM, x, np.copysign(np.inf, x))
+        density, numbers = self.density, jnp.asarray(x)[..., None]
+        assert density is not None
+        context = None if grid.context is None else grid.context[:, None]
+        each = grid._replace(context=context)
+        return self._solved(lambda c: density.cdf(numbers, context=c), each)
+
+    def _solved(self, solve: Callable[[Any], Any], grid: Grid) -> np.ndarray:
+        """Solve in a context. If that fails, name the row of the frame."""
+        try:
+            found = np.asarray(solve(grid.context), float)
+        except SolveError:
+            if not self.encoder.given:
+                raise
+            found = np.asarray(jax.jit(solve)(grid.context), float)  # with NaN where it fails
+        wrong = np.isnan(found)
+        if wrong.any():
+            raise self._failure(int(grid.rows[np.argwhere(wrong)[0, 0]]))
+        return found
+
+    def _failure(self, row: int) -> SolveError:
+        """Name the row, and the given number that is furthest from those of training."""
+        found = [(0.0, "")]  # of categories
+        for column in self.encoder.given:
+            if column.kind != "categorical":
+                values, missing, _ = read("frame", self.frame, column)
+                far = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
+                found.append((far, f", column {column.name!r} has {column.show(values[row])}"))
+        return SolveError(
+            f"{arg('frame')} must have given columns in which the distribution can be computed; "
+            f"it fails in row {row}{max(found)[1]}. Leave the row out, or correct it."
+        )
+
+    def _points(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted values and weights that stand for the distribution of each row."""
+        shares = self.shares[part]
+        values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
+        weights = [shares[:, : len(self.atoms)]]
+        for grid in self._grids(part):
+            x, weight = points_between(*self._curve(grid))
+            values.append(self._rounded(grid, x))
+            weights.append(grid.share[:, None] * weight)
+        values, weights = np.concatenate(values, 1), np.concatenate(weights, 1)
+        order = np.argsort(values, axis=1)
+        return np.take_along_axis(values, order, 1), np.take_along_axis(weights, order, 1)
+
+    def _curve(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        """Levels and scaled numbers, `[rows, points]` in order."""
+        from scipy.special import ndtr  # as JAX does
+
+        q = ndtr(np.linspace(-FURTHEST, FURTHEST, NODES))
+        # Errors of solves may swap quantiles of a narrow peak.
+        x = np.maximum.accumulate(self._solved_quantiles(grid, q), axis=1)
+        q = np.broadcast_to(q, x.shape)
+        for i in range(ROUNDS):
+            more, coarse = refined(q, x)
+            rows = np.flatnonzero(coarse | (i == 0))
+            if not len(rows):
+                break
+            # Filled up with some of them, so that few programs are compiled.
+            rows = np.resize(rows, min(len(x), -(-len(rows) // ROWS_MULTIPLE) * ROWS_MULTIPLE))
+            # The other rows repeat their last points, which have no weight.
+            new_x, new_q = (np.repeat(leaf[:, -1:], MORE_POINTS, axis=1) for leaf in (x, q))
+            new_x[rows] = _stored(more[rows])
+            new_q[rows] = self._levels(grid.of(rows), new_x[rows])
+            q, x = np.concatenate([q, new_q], 1), np.concatenate([x, new_x], 1)
+            order = np.argsort(x, axis=1)
+            x, q = (np.take_along_axis(leaf, order, 1) for leaf in (x, q))
+            q = np.maximum.accumulate(q, axis=1)
+        return q, x
+
+
+def _check_tails(name: str, levels: np.ndarray) -> None:
+    wrong = np.abs(_stored(levels) - levels) > TAIL_ROUNDING * np.minimum(levels, 1 - levels)
+    for level in levels[wrong]:
+        raise ValueError(
+            f"{arg(name)} must be of levels that {floating_dtype(float)} tells apart from 1; got "
+            f"{level:.17g}. Take one further from 1."
+        )
+
+
+def _eps() -> float:
+    return float(jnp.finfo(floating_dtype(float)).eps)
+
+
+def _told_apart(levels: np.ndarray) -> np.ndarray:
+    """Levels that the density tells apart from 0 and 1."""
+    return np.clip(levels, LOWEST, 1 - _eps() / 2)
+
+
+def _stored(x: np.ndarray) -> np.ndarray:
+    """The numbers as the density sees them."""
+    return x.astype(floating_dtype(x.dtype)).astype(float)
+
+
+def _target(encoder: Encoder) -> Column:
+    column = encoder.columns[0]
+    if len(encoder.columns) > 1 or column.kind == "categorical":
+        kinds = {column.name: column.kind for column in encoder.columns}
+        raise ValueError(
+            f"{arg('frame')} predictions need one modelled column, of numbers; got {kinds}. Train "
+            "with given= all others."
+        )
+    if column.circle is not None:
+        raise ValueError(
+            f"{arg('frame')} predictions need an ordered column; {column.name!r} is periodic. Draw "
+            "samples of it."
+        )
+    return column
+
+
+_log_shares: Callable[..., Any] = jax.jit(
+    lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(sum(network.sizes)), row))(
+        given
+    )
+)
