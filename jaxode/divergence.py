@@ -31,10 +31,10 @@ __all__ = [
     "noiseless",
 ]
 
-# Up to this many dimensions, `auto` takes the exact trace. benchmarks/cases/divergence.py: at 8
-# dimensions it costs less than 8 probes, which still leave 5% noise in a gradient; at 16 it costs
-# more.
 EXACT_UP_TO = 8
+"""Up to this many dimensions, `auto` takes the exact trace."""
+# Measured by benchmarks/cases/divergence.py: at 8 dimensions the trace costs less than 8 probes,
+# which still leave 5% noise in a gradient; at 16 it costs more.
 # Products that `noiseless` computes at a time, in more than twice as many dimensions. All 3,072 at
 # once, for 1,024 rows, would take 39 GB.
 TANGENTS_AT_ONCE = 64

@@ -184,6 +184,8 @@ def test_pages_name_all_that_they_are_about():
     reference = "\n".join(text for page, text in PAGES.items() if page.startswith("api/"))
     documented = set(re.findall(r"^::: jaxode\.(?:\w+\.)*(\w+)$", reference, re.MULTILINE))
     assert {*jaxode.__all__, "Row"} <= documented
+    grouped = re.findall(r"\[`(\w+)`\]", PAGES["api/names.md"])
+    assert sorted(grouped) == sorted(jaxode.__all__)
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert examples == set(re.findall(r"`(\w+\.py)`", PAGES["gallery.md"]))
     tests = re.findall(r"^def (test_\d\d_\w+)", (ROOT / "tests/test_theory.py").read_text(), re.M)
