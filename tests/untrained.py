@@ -41,7 +41,7 @@ class Known:
     def of(cls, encoder: Any, rows: Any) -> "Known":
         """With the means and deviations of these rows, and drawn correlations and moves."""
         rng, domain, size = np.random.default_rng(0), encoder.domain, len(encoder.numbers)
-        ends = np.array([encoder.columns[i].ends for i in encoder.numbers])
+        ends = np.array([encoder.columns[i].bounds_with_noise for i in encoder.numbers])
         blank = cls(*ends.T, domain.angle, np.zeros(size), np.eye(size), np.zeros((0, size)))
         v, _ = blank._unbounded(np.where(rows.fill, np.nan, rows.low + rows.width / 2))
         correlation = np.full((size, size), 0.4) + 0.6 * np.eye(size)

@@ -93,7 +93,7 @@ class Encoder:
     @cached_property
     def box(self) -> Box | None:
         """The bounds of the scaled numbers."""
-        ends = np.array([self.columns[i].ends for i in self.numbers])
+        ends = np.array([self.columns[i].bounds_with_noise for i in self.numbers])
         if not np.isfinite(ends).any():
             return None
         return Box(jnp.asarray(ends[:, 0]), jnp.asarray(ends[:, 1]))

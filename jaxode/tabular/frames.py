@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode._checks.caller import arg
-from jaxode.tabular.columns.multiples import LARGEST
+from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 
 TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
 
@@ -75,7 +75,7 @@ def read(name: str, frame: Any, column: str) -> Values:
         values += 0.0  # makes -0.0 0.0
         missing |= np.isnan(values)
         if series.dtype.is_integer():
-            for row in np.flatnonzero(~missing & (np.abs(values) > LARGEST)):
+            for row in np.flatnonzero(~missing & (np.abs(values) > LARGEST_MULTIPLE)):
                 raise ValueError(
                     f"{start} integers up to 2**50; got {values[row]:.0f} in row {row}. Leave "
                     "identifiers out; subtract an offset from others."

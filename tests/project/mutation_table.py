@@ -485,7 +485,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Maps move angles.
     ("density/maps/some_columns.py", "return not set(columns) & set(self.columns)", "return True"),
     # The last cell of a circle reaches into the first.
-    ("tabular/columns/column.py", "end = np.minimum(end, self.circle.end)", "pass"),
+    ("tabular/columns/column.py", "high = np.minimum(high, self.circle.end)", "pass"),
     # An interpolation may end before the solve.
     ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
     # What a profile holds moves.
@@ -694,12 +694,12 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "if weights is None else _of_equal_weight(levels, weights)",
      "if weights is None else levels"),
     # A pooled category has the share of its rows, whatever they weigh.
-    ("tabular/columns/column.py", "share[level] += float(weight)", "share[level] += 1.0"),
+    ("tabular/columns/modes_of_column.py", "share[level] += float(weight)", "share[level] += 1.0"),
     # A row that is impossible gets copies of the first proposal.
     ("tabular/impute.py", "np.where(impossible, 0.0, np.where(finite, weights, -np.inf))",
      "np.where(finite, weights, -1e30)"),
     # Draws beyond the training rows count as a part of those on a grid.
-    ("tabular/columns/column.py", "self._warn_of_moved(moved, len(mode))",
+    ("tabular/columns/column.py", "self._warn_of_clipped(clipped, len(mode))",
      "self._warn_of_moved(moved, max(moved, 1))"),
     # Rows that training could not have count in the score.
     ("tabular/fit_table.py", "known = np.flatnonzero(possible)",

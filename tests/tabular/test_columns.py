@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxode.tabular import frames
-from jaxode.tabular.columns.column import Column, categorical, numeric, spread
+from jaxode.tabular.columns.column import Column
+from jaxode.tabular.columns.modes_of_column import categorical, numeric, spread
 
 RNG = np.random.default_rng(1)
 N = 600
@@ -147,7 +148,7 @@ def test_cells_stay_within_bounds():
     np.testing.assert_allclose(high, [100, 151, 150, 151], atol=1e-3)
     # In single precision, too, for noise that rounds to zero and to one.
     low, width, _ = column.cells(*column.encode(x, np.zeros(4, bool)))
-    first, last = np.float32(column.ends)
+    first, last = np.float32(column.bounds_with_noise)
     for v in np.float32([0.0, 1.0]):
         noisy = np.float32(low) + v * np.float32(width)
         assert ((first < noisy) & (noisy < last)).all()

@@ -13,7 +13,8 @@ from helpers import optional
 from untrained import untrained
 
 from jaxode.tabular import frames
-from jaxode.tabular.columns.column import Column, numeric
+from jaxode.tabular.columns.column import Column
+from jaxode.tabular.columns.modes_of_column import numeric
 from jaxode.tabular.columns.dates import Dates
 
 pytestmark = pytest.mark.usefixtures("default_settings")

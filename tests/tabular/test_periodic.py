@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from untrained import untrained
 
-from jaxode.tabular.columns.column import angular
+from jaxode.tabular.columns.modes_of_column import angular
 from jaxode.tabular.columns.periodic import Circle
 
 pytestmark = pytest.mark.usefixtures("default_settings")

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 from jaxode.tabular.columns.formats import format_of, parse, texts_of
-from jaxode.tabular.columns.multiples import LARGEST
+from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 from jaxode.tabular.frames import Values, column_of
 
 UNITS = ("Y", "M", "D", "h", "m", "s", "ms", "us")  # of NumPy, from coarse to fine
@@ -65,7 +65,7 @@ class Dates:
         if is_given:
             return replace(dates, unit="D", turns=_turns(moments, unit))
         dates = replace(dates, unit=unit)
-        if np.abs(dates.numbers(moments)).max() > LARGEST:
+        if np.abs(dates.numbers(moments)).max() > LARGEST_MULTIPLE:
             raise ValueError(
                 f"{arg('frame')} column {name!r} must span at most 2**50 of the units that its "
                 f"times are rounded to; got {dates.name_of_unit} from {moments[0]} to "

@@ -9,11 +9,12 @@ import numpy as np
 from jaxode._checks.arguments import check_number, is_number
 from jaxode._checks.caller import arg
 from jaxode.tabular import frames
-from jaxode.tabular.columns.column import Column, angular, numeric, spread
-from jaxode.tabular.columns.column import categorical as categorical_column
+from jaxode.tabular.columns.column import Column
+from jaxode.tabular.columns.modes_of_column import angular, numeric, spread
+from jaxode.tabular.columns.modes_of_column import categorical as categorical_column
 from jaxode.tabular.columns.dates import Dates, is_date
 from jaxode.tabular.columns.formats import cure_of_dates, cure_of_numbers
-from jaxode.tabular.columns.multiples import LARGEST
+from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 from jaxode.tabular.columns.periodic import TURN, Circle
 from jaxode.tabular.encoding import Encoder
 
@@ -122,7 +123,7 @@ def _column(
 def _number_kind(name: str, kind: str | None, numbers: np.ndarray, dates: Dates | None) -> str:
     if dates is not None:
         return "date"
-    whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= LARGEST)
+    whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= LARGEST_MULTIPLE)
     if kind == "integer" and not whole:
         raise ValueError(
             f"{arg('kinds')} column {name!r} must hold whole numbers up to 2**50 to be an integer; "

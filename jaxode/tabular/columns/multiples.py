@@ -3,7 +3,7 @@
 import numpy as np
 
 EPS = np.finfo(float).eps
-LARGEST = 2.0**50  # integers, which double precision and its rounding tell apart
+LARGEST_MULTIPLE = 2.0**50  # integers, which double precision and its rounding tell apart
 
 
 def on_grid(x: np.ndarray, grid: float) -> np.ndarray:
