@@ -1,6 +1,7 @@
 """Results of a solve, their messages, and the one function that raises."""
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -110,6 +111,14 @@ JACOBIAN_GIVEN = IMPLICIT | {
         f"{EXPLANATIONS[Result.SINGULAR_MATRIX][1]}"
     ),
 }
+
+
+def first_row(
+    bad: Bool[np.ndarray, " rows"], rule: Callable[[int], str], error: type[Exception] = ValueError
+) -> None:
+    """Raise for the first bad row, if there is one. `rule(row)` is the message."""
+    if bad.any():
+        raise error(rule(int(np.argmax(bad))))
 
 
 def _message(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxode._checks.caller import arg, caller
+from jaxode._checks.errors import first_row
 from jaxode.petab.tables import Table, number
 
 SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
@@ -50,23 +51,27 @@ class Parameters:
         self.lines = {line["parameterId"]: line for line in table}
         self.rates = np.array([self._rate(line) for line in table])
         self.nominal = np.array([_number(line, "nominalValue") for line in table])
-        for i in np.flatnonzero(~self.estimated & np.isnan(self.nominal)):
-            raise ValueError(
+        first_row(
+            ~self.estimated & np.isnan(self.nominal),
+            lambda i: (
                 f"{arg('path')} nominalValue must be a number for a parameter that is not "
                 f"estimated; got none for {self.ids[i]!r}. Mend the table of parameters."
-            )
+            ),
+        )
         self.limits = np.array(
             [[_number(line, key) for line in table] for key in ("lowerBound", "upperBound")]
         )
         """The bounds of all on a linear scale, `[2, parameters]`."""
         low, high = map(self.scaled, self.limits)
         lost = (self.rates > 0) & (self.limits[0] <= 0)
-        for i in np.flatnonzero(self.estimated & (lost | ~(low <= high))):
-            raise ValueError(
+        first_row(
+            self.estimated & (lost | ~(low <= high)),
+            lambda i: (
                 f"{arg('path')} lowerBound and upperBound must be in order, and positive for "
                 f"logarithms; got {table[i]['lowerBound']!r} and {table[i]['upperBound']!r} for "
                 f"{self.ids[i]!r}. Mend the table of parameters."
-            )
+            ),
+        )
         self.bounds = self.by_name(low), self.by_name(high)
 
     def _rate(self, line: dict[str, str]) -> float:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxode._checks.arguments import floating, numbers
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import first_row
 from jaxode.estimation.search.levenberg_marquardt import Box
 
 
@@ -22,12 +23,13 @@ def boxed(bounds: Any, template: PyTree, flats: Float[Array, "starts n"]) -> Box
         raise TypeError(f"{arg('bounds')} must be a pair (low, high); got {bounds!r}.")
     box = Box(*(_bound(bound, template).astype(dtype) for bound in bounds))
     low, high, starts = (np.asarray(x) for x in (*box, flats))
-    if (crossed := ~(low <= high)).any():
-        i = int(np.flatnonzero(crossed)[0])
-        raise ValueError(
+    first_row(
+        ~(low <= high),
+        lambda i: (
             f"{arg('bounds')} must not cross; got {low[i]:g} and {high[i]:g} for "
             f"{names(template)[i]}."
-        )
+        ),
+    )
     if (outside := (starts < low) | (starts > high)).any():
         start, i = map(int, np.argwhere(outside)[0])
         raise ValueError(
