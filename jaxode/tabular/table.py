@@ -22,7 +22,7 @@ from jaxode.tabular.impute import impute
 from jaxode.tabular.predictions import curves
 from jaxode.tabular.predictions.predictive import Predictive
 
-DRAWS = 8  # of the noise, in the log-probability of a row
+NOISE_DRAWS = 8  # for the log-probability of a row
 ROWS_OF_LOG_PROB = 10_000  # at a time
 
 
@@ -57,7 +57,7 @@ class Table:
 
     @public("Table.log_prob", single_precision)
     def log_prob(
-        self, frame: Any, *, draws: int = DRAWS, key: PRNGKeyArray | None = None
+        self, frame: Any, *, draws: int = NOISE_DRAWS, key: PRNGKeyArray | None = None
     ) -> Float[np.ndarray, " rows"]:
         """The log-probability of each row, in nats, given its given columns.
 
@@ -106,9 +106,9 @@ class Table:
         # The noise of a row depends on what it holds, not on where it stands.
         keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(_seeds(rows))
         cells = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), cells)
-        own = jax.tree.map(lambda leaf: leaf.reshape(-1, draws, leaf.shape[1]), cells)
+        by_row = jax.tree.map(lambda leaf: leaf.reshape(-1, draws, leaf.shape[1]), cells)
         noisy = jax.vmap(lambda cell, key: with_noise(self.encoder.domain, cell, key))
-        x, log_noise = noisy(own._replace(context=None), keys)
+        x, log_noise = noisy(by_row._replace(context=None), keys)
         x, log_noise = x.reshape(cells.x.shape), log_noise.reshape(-1)
         weights = np.asarray(density.log_prob(x, context=cells.context) - log_noise, float)
         if len(self.encoder.columns) == 1:  # without a number, the flow has nothing to say
@@ -190,25 +190,25 @@ class Table:
         frame, n = frames.as_frame("frame", frame), integer("n", n)
         rows = self.encoder.encode(frame, missing=True)
         missing = self.encoder.missing(rows.modes)
-        some = np.flatnonzero(missing.any(axis=1))
-        rows = jax.tree.map(lambda leaf: leaf[some], rows)
+        incomplete = np.flatnonzero(missing.any(axis=1))
+        rows = jax.tree.map(lambda leaf: leaf[incomplete], rows)
         modes, x, impossible = impute(self, check_key(key), rows, n)
         if impossible.any():
             warnings.warn(
                 f"{arg('frame')} must have rows that are possible in the model; got a density of "
                 f"zero, whatever is filled in, in {impossible.sum()} rows, such as row "
-                f"{some[np.argmax(impossible)]}. What is missing there is drawn without the "
+                f"{incomplete[np.argmax(impossible)]}. What is missing there is drawn without the "
                 "numbers that are known. Leave the row out, or correct it.",
                 stacklevel=3,
             )
-        seed, is_drawn = int(jax.random.bits(key)), np.repeat(missing[some], n, axis=0)
+        seed, is_drawn = int(jax.random.bits(key)), np.repeat(missing[incomplete], n, axis=0)
         drawn = self.encoder.decode(modes, x, seed, is_drawn)
         copies = np.repeat(np.arange(len(frame)), n)
         data = {name: np.array(frame[name].to_list(), object)[copies] for name in frame.columns}
-        at = np.isin(copies, some)
+        is_incomplete = np.isin(copies, incomplete)
         for i, column in enumerate(self.encoder.columns):
-            here = missing[copies, i]
-            data[column.name][here] = drawn[column.name][here[at]]
+            is_missing = missing[copies, i]
+            data[column.name][is_missing] = drawn[column.name][is_missing[is_incomplete]]
         return frames.make(frame, data, copies, self.encoder.like)
 
     def _predictive(self, frame: Any) -> Predictive:
@@ -268,7 +268,7 @@ class Table:
         """
         predictive = self._predictive(frame)
         predictive.refuse_dates()
-        return predictive.each(curves.mean)
+        return predictive.integrate(curves.mean)
 
     @public("Table.crps", single_precision)
     def crps(self, frame: Any) -> Float[np.ndarray, " rows"]:
@@ -279,7 +279,7 @@ class Table:
         """
         predictive = self._predictive(frame)
         predictive.refuse_dates()
-        return predictive.each(curves.crps, predictive.values())
+        return predictive.integrate(curves.crps, predictive.values())
 
 
 def _seeds(rows: Encoded) -> np.ndarray:

@@ -14,8 +14,8 @@ from untrained import untrained
 
 from jaxode.tabular import frames
 from jaxode.tabular.columns.column import Column
-from jaxode.tabular.columns.modes_of_column import numeric
 from jaxode.tabular.columns.dates import Dates
+from jaxode.tabular.columns.modes_of_column import numeric
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 KEY, N, RNG = jax.random.key(0), 300, np.random.default_rng(0)

@@ -10,10 +10,10 @@ from jaxode._checks.arguments import check_number, is_number
 from jaxode._checks.caller import arg
 from jaxode.tabular import frames
 from jaxode.tabular.columns.column import Column
-from jaxode.tabular.columns.modes_of_column import angular, numeric, spread
-from jaxode.tabular.columns.modes_of_column import categorical as categorical_column
 from jaxode.tabular.columns.dates import Dates, is_date
 from jaxode.tabular.columns.formats import cure_of_dates, cure_of_numbers
+from jaxode.tabular.columns.modes_of_column import angular, numeric, spread
+from jaxode.tabular.columns.modes_of_column import categorical as categorical_column
 from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 from jaxode.tabular.columns.periodic import TURN, Circle
 from jaxode.tabular.encoding import Encoder

@@ -139,9 +139,7 @@ def angular(name: str, values: np.ndarray, missing: np.ndarray, circle: Circle) 
     levels, counts = np.unique(circle.wrapped(x, finest), return_counts=True)
     if (few := _few(levels, len(x))) is not None:
         resolution = _without_density(few, finest)
-        return Column(
-            name, "periodic", few, (), has_missing, resolution=resolution, circle=circle
-        )
+        return Column(name, "periodic", few, (), has_missing, resolution=resolution, circle=circle)
     if finest and not circle.is_divided_by(finest):
         # A grid with a short last cell, which no value interrupts.
         circle, atoms, grids = circle.from_grid(finest), (), (finest,)
@@ -255,7 +253,11 @@ def _grids(
     ]
     chains = [()]
     for ratio in candidates:
-        chains += [(*c, ratio) for c in chains if len(c) < MAX_COARSE_GRIDS and (not c or c[-1] % ratio == 0)]
+        chains += [
+            (*c, ratio)
+            for c in chains
+            if len(c) < MAX_COARSE_GRIDS and (not c or c[-1] % ratio == 0)
+        ]
     best, best_score = (), 0.0
     for chain in chains[1:]:
         left, score = counts.astype(float), -NATS_OF_GRID * len(chain)

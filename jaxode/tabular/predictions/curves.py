@@ -2,9 +2,9 @@
 
 import numpy as np
 
-# A curve reaches to levels of so many deviations of the base. A round adds so many points to it,
-# until a rectangle of two neighbours is at most this part of the spread.
-FURTHEST, MORE_POINTS, COARSE_PART = 4.5, 16, 0.03
+CURVE_DEVIATIONS = 4.5  # of the base, to which a curve reaches on either side
+POINTS_PER_ROUND = 16  # that a round of refinement adds to a curve
+MAX_AREA = 0.03  # of the rectangle of two neighbours, in units of the spread: else refine
 POINTS_BETWEEN = 8  # of a straight line between two points
 
 
@@ -17,22 +17,22 @@ def refined(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     area = np.diff(q, axis=1) * np.diff(x, axis=1)
     middle = 0.5 * (q[:, 1:] + q[:, :-1])
     spread = np.sum(middle * (1 - middle) * np.diff(x, axis=1), axis=1)
-    coarse = area.max(axis=1) > COARSE_PART * spread
+    coarse = area.max(axis=1) > MAX_AREA * spread
     sums = np.cumsum(np.pad(np.sqrt(area), ((0, 0), (1, 0))), axis=1)
-    at = (np.arange(MORE_POINTS) + 0.5) / MORE_POINTS
-    each = zip(sums, x, strict=True)
-    return np.stack([np.interp(at * row[-1], row, numbers) for row, numbers in each]), coarse
+    position = (np.arange(POINTS_PER_ROUND) + 0.5) / POINTS_PER_ROUND
+    rows = zip(sums, x, strict=True)
+    return np.stack([np.interp(position * s[-1], s, numbers) for s, numbers in rows]), coarse
 
 
 def points_between(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values and weights of a curve that is straight between its points, in units of the base."""
     from scipy.special import ndtr, ndtri
 
-    z = np.clip(ndtri(q), -FURTHEST, FURTHEST)[..., None]
-    ends = np.arange(POINTS_BETWEEN + 1) / POINTS_BETWEEN
-    levels = ndtr(z[:, :-1] + np.diff(z, axis=1) * ends)
+    z = np.clip(ndtri(q), -CURVE_DEVIATIONS, CURVE_DEVIATIONS)[..., None]
+    position = np.arange(POINTS_BETWEEN + 1) / POINTS_BETWEEN
+    levels = ndtr(z[:, :-1] + np.diff(z, axis=1) * position)
     weights = np.diff(levels, axis=2).reshape(len(q), -1)
-    steps = np.diff(x, axis=1)[..., None] * (0.5 * (ends[1:] + ends[:-1]))
+    steps = np.diff(x, axis=1)[..., None] * (0.5 * (position[1:] + position[:-1]))
     values = (x[:, :-1, None] + steps).reshape(len(q), -1)
     return values, weights / weights.sum(axis=1, keepdims=True)
 

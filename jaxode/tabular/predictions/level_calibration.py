@@ -21,9 +21,9 @@ from jaxode.density.maps.normal import fit as normalizing
 from jaxode.flows.bases import StandardNormal
 from jaxode.flows.cnf import CNF
 
-NORMAL = StandardNormal((1,))
-LEAST_ROWS = 10  # of equal weight
-FURTHEST = 1e-7  # level of a single number in float32 that is neither 0 nor 1
+STANDARD_NORMAL = StandardNormal((1,))
+MIN_CALIBRATION_ROWS = 10  # of equal weight
+LEAST_LEVEL = 1e-7  # of a single number in float32 that is neither 0 nor 1
 
 
 class Calibrated(eqx.Module):
@@ -34,16 +34,16 @@ class Calibrated(eqx.Module):
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         w, log_det = self._normal(z)
-        return NORMAL.log_prob(w) + log_det
+        return STANDARD_NORMAL.log_prob(w) + log_det
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
-        return self._back(NORMAL.sample(key, sample_shape))
+        return self._back(STANDARD_NORMAL.sample(key, sample_shape))
 
     def cdf(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        return NORMAL.cdf(self._normal(z)[0])
+        return STANDARD_NORMAL.cdf(self._normal(z)[0])
 
     def icdf(self, q: Float[Array, "..."]) -> Float[Array, "..."]:
-        return self._back(NORMAL.icdf(q))
+        return self._back(STANDARD_NORMAL.icdf(q))
 
     def _normal(self, z: Array) -> tuple[Array, Array]:
         _, _, w, log_det = from_data(self.to_normal, z.reshape(-1, 1))
@@ -66,7 +66,9 @@ def calibrated(
         weights: of these rows. None for equal ones.
     """
     levels = levels if weights is None else _of_equal_weight(levels, weights)
-    z = np.asarray(NORMAL.icdf(jnp.clip(jnp.asarray(levels), FURTHEST, 1 - FURTHEST)))
+    z = np.asarray(
+        STANDARD_NORMAL.icdf(jnp.clip(jnp.asarray(levels), LEAST_LEVEL, 1 - LEAST_LEVEL))
+    )
     base = Calibrated(jax.tree.map(jnp.asarray, normalizing(z[:, None])))
     flow: CNF = density.flow
     return density.with_flow(dataclasses.replace(flow, base=base))
@@ -80,10 +82,10 @@ def _of_equal_weight(
     order, part = np.argsort(levels), weights / weights.max()
     part = part / part.sum()
     count = round(1 / np.sum(part**2))
-    at = np.searchsorted(np.cumsum(part[order]), (np.arange(count) + 0.5) / count)
-    if count < LEAST_ROWS:
+    places = np.searchsorted(np.cumsum(part[order]), (np.arange(count) + 0.5) / count)
+    if count < MIN_CALIBRATION_ROWS:
         raise ValueError(
-            f"{arg('weights')} must count at least {LEAST_ROWS} of the rows aside, to calibrate; "
+            f"{arg('weights')} must count at least {MIN_CALIBRATION_ROWS} of the rows aside, to calibrate; "
             f"got {len(part)} rows that are worth {count} of equal weight. Leave calibrate out."
         )
-    return levels[order][at]
+    return levels[order][places]

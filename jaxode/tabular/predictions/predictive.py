@@ -16,23 +16,29 @@ import numpy as np
 
 from jaxode._checks.arguments import floating_dtype
 from jaxode._checks.caller import arg
-from jaxode._checks.errors import SolveError
+from jaxode._checks.errors import SolveError, first_row
 from jaxode.density.density import Density
 from jaxode.tabular import frames
 from jaxode.tabular.categorical import Autoregressive
 from jaxode.tabular.columns.column import Column
 from jaxode.tabular.encoding import Encoder, read
 from jaxode.tabular.predictions import several_grids
-from jaxode.tabular.predictions.curves import FURTHEST, MORE_POINTS, points_between, refined
+from jaxode.tabular.predictions.curves import (
+    CURVE_DEVIATIONS,
+    POINTS_PER_ROUND,
+    points_between,
+    refined,
+)
 from jaxode.tabular.predictions.several_grids import GridMixture
 
-NODES, ROUNDS = 33, 3  # quantiles that a curve starts from, and rounds that refine it
-LEAST = 1e-6  # probability of a grid that counts
-LOWEST = 1e-30  # level of a density that is solved for, in single precision, too
-TAIL_ROUNDING = 0.01  # by which part the tail beyond a level may change as its dtype rounds it
+CURVE_NODES = 33  # quantiles that a curve starts from
+CURVE_ROUNDS = 3  # that refine a curve
+MIN_GRID_SHARE = 1e-6  # probability below which a grid does not count
+LOWEST_LEVEL = 1e-30  # of a density that is solved for, in single precision, too
+TAIL_ROUNDING = 0.01  # relative change of a tail that rounding its level may cause
 INFINITE_FROM = 1e30  # scaled numbers beyond are infinite
 ROWS_OF_PREDICTION = 1000  # at a time
-ROWS_MULTIPLE = 64  # few sizes are compiled: some numbers of rows are padded to a multiple of it
+ROWS_MULTIPLE = 64  # to which the numbers of rows are padded, so that few sizes compile
 
 
 class Grid(NamedTuple):
@@ -45,8 +51,8 @@ class Grid(NamedTuple):
     """`[rows]`, its probability."""
     context: Any
 
-    def of(self, rows: np.ndarray) -> "Grid":
-        """Some of these rows."""
+    def take(self, rows: np.ndarray) -> "Grid":
+        """The grid in the chosen ones of these rows."""
         context = None if self.context is None else self.context[rows]
         return Grid(self.index, self.rows[rows], self.share[rows], context)
 
@@ -79,11 +85,13 @@ class Predictive:
         values, missing, text = read("frame", self.frame, self.column)
         if text:
             raise TypeError(f"{arg('frame')} column {name!r} must hold numbers, as in training.")
-        for row in np.flatnonzero(missing):
-            raise ValueError(
+        first_row(
+            missing,
+            lambda row: (
                 f"{arg('frame')} column {name!r} must have a value in each row; got a missing one "
                 f"in row {row}. Leave the row out."
-            )
+            ),
+        )
         return values.astype(float)
 
     def in_units_of_data(self, y: np.ndarray) -> np.ndarray:
@@ -110,90 +118,99 @@ class Predictive:
             _check_tails(name, levels)
         # Errors of solves may swap quantiles at levels that are hardly apart.
         order = np.argsort(levels)
-        y = self._each(lambda part: self._quantiles(part, levels[order]))
+        y = self._in_chunks(lambda chunk: self._quantiles(chunk, levels[order]))
         return np.maximum.accumulate(y, axis=1)[:, np.argsort(order)]
 
-    def each(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
-        """A function of sorted values, their weights, and rows."""
-        return self._each(lambda part: f(*self._points(part), *[x[part] for x in rows]))
+    def integrate(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
+        """A function of sorted values, their weights, and further arrays `[rows, ...]`."""
+        return self._in_chunks(lambda chunk: f(*self._points(chunk), *[x[chunk] for x in rows]))
 
-    def _each(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
-        """A function of some rows at a time."""
+    def _in_chunks(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
+        """A function of chunks of rows."""
         starts = range(0, max(len(self.given), 1), ROWS_OF_PREDICTION)
         return np.concatenate([f(slice(start, start + ROWS_OF_PREDICTION)) for start in starts])
 
-    def _grids(self, part: slice) -> list[Grid]:
-        """The grids that count."""
-        first, given = len(self.atoms), self.given[part]
-        shares = self.shares[part, first:].T
-        counts = [i for i, share in enumerate(shares) if share.max(initial=0) > LEAST]
-        modes = [np.full((len(given), 1), first + i) for i in counts]
-        rows = np.arange(len(self.given))[part]
+    def _grids(self, chunk: slice) -> list[Grid]:
+        """The grids that count in these rows."""
+        first, features = len(self.atoms), self.given[chunk]
+        shares = self.shares[chunk, first:].T
+        indices = [i for i, share in enumerate(shares) if share.max(initial=0) > MIN_GRID_SHARE]
+        modes = [np.full((len(features), 1), first + i) for i in indices]
+        rows = np.arange(len(self.given))[chunk]
         return [
-            Grid(i, rows, shares[i], self.encoder.context(mode, given))
-            for i, mode in zip(counts, modes, strict=True)
+            Grid(i, rows, shares[i], self.encoder.context(mode, features))
+            for i, mode in zip(indices, modes, strict=True)
         ]
 
-    def _cdf(self, part: slice, y: np.ndarray) -> np.ndarray:
+    def _cdf(self, chunk: slice, y: np.ndarray) -> np.ndarray:
         """The probability of at most `y`, `[rows, numbers]`."""
-        grids = self._grids(part)
-        rows = self._mixture(part, grids)
-        rows = rows._replace(atoms=rows.atoms[:, None], shares=rows.shares[..., None])
-        each = zip(grids, rows.ends(y), strict=True)
-        levels = np.array([self._levels(grid, end) for grid, end in each]).reshape(-1, *y.shape)
-        return np.clip(rows.level(y, levels), 0.0, 1.0)
+        grids = self._grids(chunk)
+        mixture = self._mixture(chunk, grids)
+        mixture = mixture._replace(atoms=mixture.atoms[:, None], shares=mixture.shares[..., None])
+        ends = mixture.ends_of_cells(y)
+        levels = [self._levels(grid, end) for grid, end in zip(grids, ends, strict=True)]
+        return np.clip(mixture.level(y, np.array(levels).reshape(-1, *y.shape)), 0.0, 1.0)
 
-    def _quantiles(self, part: slice, levels: np.ndarray) -> np.ndarray:
-        grids = self._grids(part)
+    def _quantiles(self, chunk: slice, levels: np.ndarray) -> np.ndarray:
+        """The quantiles of the rows of a chunk, `[rows, levels]`. Levels are sorted."""
+        grids = self._grids(chunk)
         if len(grids) > 1:
-            return self._searched(part, grids, levels)
+            return self._searched(chunk, grids, levels)
         if grids and not len(self.atoms):
             return self._numbers(grids[0], levels)
-        shares = self.shares[part, : len(self.atoms)]
-        below = np.cumsum(np.pad(shares, ((0, 0), (1, 0))), axis=1)
-        reached = self._cdf(part, np.broadcast_to(self.atoms, shares.shape))
-        passed = np.sum(reached[:, None] < levels[:, None], axis=2)
-        # The next atom is the quantile if the numbers before it do not reach the level.
-        ends = np.concatenate([reached - shares, np.full((len(shares), 1), np.inf)], axis=1)
-        is_atom = np.take_along_axis(ends, passed, 1) < levels
-        around = np.concatenate([[-np.inf], self.atoms, [np.inf]])
-        low, high = around[passed], around[passed + 1]
+        probability = self.shares[chunk, : len(self.atoms)]
+        at_most = self._cdf(chunk, np.broadcast_to(self.atoms, probability.shape))
+        below = at_most - probability
+        next_atom = np.sum(at_most[:, None] < levels[:, None], axis=2)
+        bounds = np.concatenate([[-np.inf], self.atoms, [np.inf]])
+        low, high = bounds[next_atom], bounds[next_atom + 1]
         if not grids:  # rounding may keep the sum of all atoms below a level
             return np.where(np.isfinite(high), high, low)
-        rest = levels - np.take_along_axis(below, passed, 1)
-        rest = rest / np.maximum(grids[0].share, LEAST)[:, None]
-        y = self._numbers(grids[0], np.where(is_atom, 0.5, rest))
+        # The next atom is the quantile if all numbers below it do not reach the level.
+        below = np.concatenate([below, np.full((len(below), 1), np.inf)], axis=1)
+        is_atom = np.take_along_axis(below, next_atom, 1) < levels
+        # Else take the atoms below out of the level: what is left is a level of the density.
+        atoms_below = np.cumsum(np.pad(probability, ((0, 0), (1, 0))), axis=1)
+        level_of_number = levels - np.take_along_axis(atoms_below, next_atom, 1)
+        level_of_number /= np.maximum(grids[0].share, MIN_GRID_SHARE)[:, None]
+        y = self._numbers(grids[0], np.where(is_atom, 0.5, level_of_number))
         return np.where(is_atom, high, np.clip(y, low, high))
 
-    def _searched(self, part: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
-        """Search from the least quantile of a part to the largest."""
+    def _searched(self, chunk: slice, grids: list[Grid], levels: np.ndarray) -> np.ndarray:
+        """Search between the least and the largest quantile of the atoms and each grid."""
         unit = self.column.grids[-1]
-        solved = several_grids.with_others(levels)
-        x = np.stack([self._solved_quantiles(grid, _told_apart(solved)) for grid in grids])
+        spread_levels = several_grids.wide_enough(levels)
+        x = np.stack([self._solved_quantiles(grid, _clipped(spread_levels)) for grid in grids])
         rows, count = x.shape[1], len(levels)
-        parts = [self._rounded(grid, x[i, :, :count]) for i, grid in enumerate(grids)]
-        parts += [np.full((rows, count), atom) for atom in self.atoms]
-        ends = np.min(parts, axis=0).reshape(-1) - unit, np.max(parts, axis=0).reshape(-1)
-        lines = several_grids.Lines.of_quantiles(x, solved)
+        quantiles = [self._rounded(grid, x[i, :, :count]) for i, grid in enumerate(grids)]
+        quantiles += [np.full((rows, count), atom) for atom in self.atoms]
+        low, high = np.min(quantiles, axis=0) - unit, np.max(quantiles, axis=0)
+        lines = several_grids.Lines.of_quantiles(x, spread_levels)
         lines = several_grids.Lines(*(leaf[..., :count].reshape(len(grids), -1) for leaf in lines))
         row = np.repeat(np.arange(rows), count)
 
-        def levels_at(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
-            each = zip([grid.of(row[numbers]) for grid in grids], x, strict=True)
-            return np.stack([self._levels(grid, at[:, None])[:, 0] for grid, at in each])
+        def solve(numbers: np.ndarray, x: np.ndarray) -> np.ndarray:
+            return np.stack([
+                self._levels(grid.take(row[numbers]), x_of_grid[:, None])[:, 0]
+                for grid, x_of_grid in zip(grids, x, strict=True)
+            ])  # fmt: skip
 
-        of_rows = self._mixture(part, grids).of(row)
-        y = several_grids.quantiles(of_rows, np.tile(levels, rows), lines, ends, levels_at)
+        mixture, interval = (
+            self._mixture(chunk, grids).take(row),
+            (low.reshape(-1), high.reshape(-1)),
+        )
+        y = several_grids.quantiles(mixture, np.tile(levels, rows), lines, interval, solve)
         return y.reshape(rows, count)
 
-    def _mixture(self, part: slice, grids: list[Grid]) -> GridMixture:
-        """The probabilities in each row."""
-        shares, first, on = self.shares[part], len(self.atoms), [grid.index for grid in grids]
-        return GridMixture(self.column, shares[:, :first], shares[:, first:].T[on], on)
+    def _mixture(self, chunk: slice, grids: list[Grid]) -> GridMixture:
+        """The probabilities of atoms and grids in each row."""
+        shares, first = self.shares[chunk], len(self.atoms)
+        indices = [grid.index for grid in grids]
+        return GridMixture(self.column, shares[:, :first], shares[:, first:].T[indices], indices)
 
     def _numbers(self, grid: Grid, levels: np.ndarray) -> np.ndarray:
         """The numbers on a grid at levels, of all rows or `[rows, levels]` of each."""
-        return self._rounded(grid, self._solved_quantiles(grid, _told_apart(levels)))
+        return self._rounded(grid, self._solved_quantiles(grid, _clipped(levels)))
 
     def _rounded(self, grid: Grid, x: np.ndarray) -> np.ndarray:
         """The numbers in whose cells these scaled ones lie."""
@@ -215,41 +232,43 @@ class Predictive:
         density, numbers = self.density, jnp.asarray(x)[..., None]
         assert density is not None
         context = None if grid.context is None else grid.context[:, None]
-        each = grid._replace(context=context)
-        return self._solved(lambda c: density.cdf(numbers, context=c), each)
+        grid = grid._replace(context=context)
+        return self._solved(lambda c: density.cdf(numbers, context=c), grid)
 
     def _solved(self, solve: Callable[[Any], Any], grid: Grid) -> np.ndarray:
         """Solve in a context. If that fails, name the row of the frame."""
         try:
-            found = np.asarray(solve(grid.context), float)
+            solution = np.asarray(solve(grid.context), float)
         except SolveError:
             if not self.encoder.given:
                 raise
-            found = np.asarray(jax.jit(solve)(grid.context), float)  # with NaN where it fails
-        wrong = np.isnan(found)
-        if wrong.any():
-            raise self._failure(int(grid.rows[np.argwhere(wrong)[0, 0]]))
-        return found
+            solution = np.asarray(jax.jit(solve)(grid.context), float)  # with NaN where it fails
+        failed = np.isnan(solution)
+        if failed.any():
+            raise self._failure(int(grid.rows[np.argwhere(failed)[0, 0]]))
+        return solution
 
     def _failure(self, row: int) -> SolveError:
         """Name the row, and the given number that is furthest from those of training."""
-        found = [(0.0, "")]  # of categories
+        distances = [(0.0, "")]  # of categories
         for column in self.encoder.given:
             if column.kind != "categorical":
                 values, missing, _ = read("frame", self.frame, column)
-                far = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
-                found.append((far, f", column {column.name!r} has {column.show(values[row])}"))
+                distance = 0.0 if missing[row] else abs(float(column.scaled(values[row])))
+                distances.append(
+                    (distance, f", column {column.name!r} has {column.show(values[row])}")
+                )
         return SolveError(
             f"{arg('frame')} must have given columns in which the distribution can be computed; "
-            f"it fails in row {row}{max(found)[1]}. Leave the row out, or correct it."
+            f"it fails in row {row}{max(distances)[1]}. Leave the row out, or correct it."
         )
 
-    def _points(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
+    def _points(self, chunk: slice) -> tuple[np.ndarray, np.ndarray]:
         """Sorted values and weights that stand for the distribution of each row."""
-        shares = self.shares[part]
+        shares = self.shares[chunk]
         values = [np.broadcast_to(self.atoms, (len(shares), len(self.atoms)))]
         weights = [shares[:, : len(self.atoms)]]
-        for grid in self._grids(part):
+        for grid in self._grids(chunk):
             x, weight = points_between(*self._curve(grid))
             values.append(self._rounded(grid, x))
             weights.append(grid.share[:, None] * weight)
@@ -261,21 +280,21 @@ class Predictive:
         """Levels and scaled numbers, `[rows, points]` in order."""
         from scipy.special import ndtr  # as JAX does
 
-        q = ndtr(np.linspace(-FURTHEST, FURTHEST, NODES))
+        q = ndtr(np.linspace(-CURVE_DEVIATIONS, CURVE_DEVIATIONS, CURVE_NODES))
         # Errors of solves may swap quantiles of a narrow peak.
         x = np.maximum.accumulate(self._solved_quantiles(grid, q), axis=1)
         q = np.broadcast_to(q, x.shape)
-        for i in range(ROUNDS):
+        for i in range(CURVE_ROUNDS):
             more, coarse = refined(q, x)
             rows = np.flatnonzero(coarse | (i == 0))
             if not len(rows):
                 break
-            # Filled up with some of them, so that few programs are compiled.
+            # Pad with repeats: few batch sizes compile.
             rows = np.resize(rows, min(len(x), -(-len(rows) // ROWS_MULTIPLE) * ROWS_MULTIPLE))
             # The other rows repeat their last points, which have no weight.
-            new_x, new_q = (np.repeat(leaf[:, -1:], MORE_POINTS, axis=1) for leaf in (x, q))
+            new_x, new_q = (np.repeat(leaf[:, -1:], POINTS_PER_ROUND, axis=1) for leaf in (x, q))
             new_x[rows] = _stored(more[rows])
-            new_q[rows] = self._levels(grid.of(rows), new_x[rows])
+            new_q[rows] = self._levels(grid.take(rows), new_x[rows])
             q, x = np.concatenate([q, new_q], 1), np.concatenate([x, new_x], 1)
             order = np.argsort(x, axis=1)
             x, q = (np.take_along_axis(leaf, order, 1) for leaf in (x, q))
@@ -285,20 +304,22 @@ class Predictive:
 
 def _check_tails(name: str, levels: np.ndarray) -> None:
     wrong = np.abs(_stored(levels) - levels) > TAIL_ROUNDING * np.minimum(levels, 1 - levels)
-    for level in levels[wrong]:
-        raise ValueError(
+    first_row(
+        wrong,
+        lambda i: (
             f"{arg(name)} must be of levels that {floating_dtype(float)} tells apart from 1; got "
-            f"{level:.17g}. Take one further from 1."
-        )
+            f"{levels[i]:.17g}. Take one further from 1."
+        ),
+    )
 
 
 def _eps() -> float:
     return float(jnp.finfo(floating_dtype(float)).eps)
 
 
-def _told_apart(levels: np.ndarray) -> np.ndarray:
+def _clipped(levels: np.ndarray) -> np.ndarray:
     """Levels that the density tells apart from 0 and 1."""
-    return np.clip(levels, LOWEST, 1 - _eps() / 2)
+    return np.clip(levels, LOWEST_LEVEL, 1 - _eps() / 2)
 
 
 def _stored(x: np.ndarray) -> np.ndarray:

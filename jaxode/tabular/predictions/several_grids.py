@@ -14,14 +14,15 @@ import numpy as np
 from jaxode.tabular.columns.column import Column
 from jaxode.tabular.columns.multiples import tidy
 
-# Accept a step that misses its level by this part of the tail, of a tail of at most so much. From
-# there, the lines miss by less than a solve does; beside narrow peaks, by that part at most.
-NEAR, CENTRAL = 0.01, 0.05
-# Deviates between the points of a line, at least: many times the error of a solve.
-LINE_SPACING = 2e-3
-LARGEST, LEAST_SLOPE = 38.0, 1e-9
-EVERY = 3  # one of so many steps halves what encloses the quantile
-UNIT = 128  # of which a multiple is solved for at once: few sizes, so that few are compiled
+# Accept a step that misses its level by this share of the tail beyond it. From there, the lines miss
+# by less than a solve does; beside narrow peaks, by this share at most.
+MISS_OF_TAIL = 0.01
+MAX_TAIL = 0.05  # probability that a tail counts for in `MISS_OF_TAIL`
+LINE_SPACING = 2e-3  # deviates between the points of a line: many times the error of a solve
+LARGEST_DEVIATE = 38.0  # whose level is not zero in double precision
+LEAST_SLOPE = 1e-9  # of a line, in deviates per scaled number
+STEPS_PER_BISECTION = 3  # one of this many steps halves the interval around the quantile
+NUMBERS_MULTIPLE = 128  # of numbers solved for at once: few sizes compile
 
 
 class Lines(NamedTuple):
@@ -43,19 +44,19 @@ class Lines(NamedTuple):
         return _ndtr(self.z + self.slope * (x - self.x))
 
     def through(self, x: np.ndarray, levels: np.ndarray) -> "Lines":
-        """Lines through these points; and through the last ones, if they are apart."""
+        """Lines through these points; and through the last ones, if they differ enough."""
         z = deviates(levels)
-        apart = (np.abs(z - self.z) > LINE_SPACING) & (x != self.x)
-        slope = (z - self.z) / np.where(apart, x - self.x, 1.0)
-        return Lines(x, z, np.where(apart, np.maximum(slope, LEAST_SLOPE), self.slope))
+        differ = (np.abs(z - self.z) > LINE_SPACING) & (x != self.x)
+        slope = (z - self.z) / np.where(differ, x - self.x, 1.0)
+        return Lines(x, z, np.where(differ, np.maximum(slope, LEAST_SLOPE), self.slope))
 
-    def of(self, numbers: np.ndarray) -> "Lines":
-        """Those of some of the numbers."""
+    def take(self, numbers: np.ndarray) -> "Lines":
+        """The lines of the chosen numbers."""
         return Lines(*(leaf[:, numbers] for leaf in self))
 
 
 class GridMixture(NamedTuple):
-    """The probabilities of atoms and grids, for each of some numbers."""
+    """The probabilities of atoms and grids, for several numbers."""
 
     column: Column
     atoms: np.ndarray
@@ -64,19 +65,19 @@ class GridMixture(NamedTuple):
     """`[grids, *numbers]`."""
     grids: list[int]
 
-    def ends(self, y: np.ndarray) -> np.ndarray:
+    def ends_of_cells(self, y: np.ndarray) -> np.ndarray:
         """`[grids, *numbers]`: below which scaled numbers are at most `y` on each grid."""
         column = self.column
-        ends = [sum(column.cell(y, i)) if column.grids[i] else y for i in self.grids]
-        return column.scaled(np.array(ends).reshape(len(ends), *y.shape))
+        numbers = [sum(column.cell(y, i)) if column.grids[i] else y for i in self.grids]
+        return column.scaled(np.array(numbers).reshape(len(numbers), *y.shape))
 
     def level(self, y: np.ndarray, levels: np.ndarray) -> np.ndarray:
         """The probability of at most `y`, from the levels of each grid at its end."""
         below = np.array(self.column.values, float) <= y[..., None]
         return np.sum(self.atoms * below, axis=-1) + np.sum(self.shares * levels, axis=0)
 
-    def of(self, numbers: np.ndarray) -> "GridMixture":
-        """For some of the numbers."""
+    def take(self, numbers: np.ndarray) -> "GridMixture":
+        """The mixtures of the chosen numbers."""
         return self._replace(atoms=self.atoms[numbers], shares=self.shares[:, numbers])
 
 
@@ -84,7 +85,7 @@ def deviates(levels: np.ndarray) -> np.ndarray:
     """Finite normal deviates."""
     from scipy.special import ndtri  # as JAX does
 
-    return np.clip(ndtri(levels), -LARGEST, LARGEST)
+    return np.clip(ndtri(levels), -LARGEST_DEVIATE, LARGEST_DEVIATE)
 
 
 def _ndtr(z: np.ndarray) -> np.ndarray:
@@ -93,8 +94,8 @@ def _ndtr(z: np.ndarray) -> np.ndarray:
     return ndtr(z)
 
 
-def with_others(levels: np.ndarray) -> np.ndarray:
-    """The levels, and another one at the end if they are too close for the slope of a line."""
+def wide_enough(levels: np.ndarray) -> np.ndarray:
+    """The levels, with another one at the end if they are too close for the slope of a line."""
     z = deviates(levels)
     return levels if np.ptp(z) > 1 else np.append(levels, _ndtr(z[0] - np.copysign(1, z[0])))
 
@@ -103,68 +104,73 @@ def quantiles(
     mixture: GridMixture,
     levels: np.ndarray,
     lines: Lines,
-    ends: tuple[np.ndarray, np.ndarray],
-    solved: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    interval: tuple[np.ndarray, np.ndarray],
+    solve: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> np.ndarray:
     """The least numbers that reach `levels`.
 
     Args:
-        lines: through points that are near.
-        ends: numbers that fall short of the levels, and those that reach them.
-        solved: `(numbers, x)` to the levels of the grids at scaled numbers `[grids, numbers]`.
+        mixture: for each level.
+        levels: one for each number.
+        lines: through points close to the quantiles.
+        interval: numbers that fall short of the levels, and those that reach them.
+        solve: `(numbers, x)` to the levels of the grids at scaled numbers `[grids, numbers]`.
     """
     unit = mixture.column.grids[-1]
-    low, high = (np.round(end / unit) for end in ends)  # multiples of the finest grid
+    low, high = (np.round(bound / unit) for bound in interval)  # multiples of the finest grid
     x, z, slope = map(np.array, lines)
-    accuracy = NEAR * np.minimum(np.minimum(levels, 1 - levels), CENTRAL)
+    accuracy = MISS_OF_TAIL * np.minimum(np.minimum(levels, 1 - levels), MAX_TAIL)
 
-    def of_lines(some: np.ndarray) -> np.ndarray:
-        """The quantiles if all levels were on the lines."""
-        part, own = mixture.of(some), Lines(x, z, slope).of(some)
+    def quantiles_of_lines(numbers: np.ndarray) -> np.ndarray:
+        """The quantiles, as multiples, if all levels were on the lines."""
+        mixtures, straight = mixture.take(numbers), Lines(x, z, slope).take(numbers)
 
-        def reached(multiple: np.ndarray) -> np.ndarray:
+        def reach(multiple: np.ndarray) -> np.ndarray:
             y = tidy(multiple * unit, unit)
-            return part.level(y, own.levels(part.ends(y))) >= levels[some]
+            reached = mixtures.level(y, straight.levels(mixtures.ends_of_cells(y)))
+            return reached >= levels[numbers]
 
-        return _bisected(reached, low[some], high[some])
+        return _bisected(reach, low[numbers], high[numbers])
 
-    left, step = np.arange(len(levels)), 0
-    while len(left := left[_some_between(low[left], high[left])]):
+    unsolved, step = np.arange(len(levels)), 0  # the numbers that are not yet accurate
+    while len(unsolved := unsolved[_has_integers_between(low[unsolved], high[unsolved])]):
         step += 1
-        middle = np.floor((low[left] + high[left]) / 2)
-        guess = np.minimum(of_lines(left), high[left] - 1)
-        inside = (low[left] < guess) & (guess < high[left])
-        guess = np.where(inside & (step % EVERY > 0), guess, middle)
-        part, y = mixture.of(left), tidy(guess * unit, unit)
-        at = part.ends(y)
-        found = solved(*_filled_up(left, at, len(levels)))[:, : len(left)]
-        x[:, left], z[:, left], slope[:, left] = Lines(x, z, slope).of(left).through(at, found)
-        missed = part.level(y, found) - levels[left]
-        low[left] = np.where(missed < 0, guess, low[left])
-        high[left] = np.where(missed < 0, high[left], guess)
-        left = left[np.abs(missed) > accuracy[left]]
-    return tidy(of_lines(np.arange(len(levels))) * unit, unit)
+        middle = np.floor((low[unsolved] + high[unsolved]) / 2)
+        guess = np.minimum(quantiles_of_lines(unsolved), high[unsolved] - 1)
+        is_inside = (low[unsolved] < guess) & (guess < high[unsolved])
+        guess = np.where(is_inside & (step % STEPS_PER_BISECTION > 0), guess, middle)
+        mixtures, y = mixture.take(unsolved), tidy(guess * unit, unit)
+        x_of_guess = mixtures.ends_of_cells(y)
+        solved = solve(*_padded(unsolved, x_of_guess, len(levels)))[:, : len(unsolved)]
+        lines = Lines(x, z, slope).take(unsolved).through(x_of_guess, solved)
+        x[:, unsolved], z[:, unsolved], slope[:, unsolved] = lines
+        missed = mixtures.level(y, solved) - levels[unsolved]
+        low[unsolved] = np.where(missed < 0, guess, low[unsolved])
+        high[unsolved] = np.where(missed < 0, high[unsolved], guess)
+        unsolved = unsolved[np.abs(missed) > accuracy[unsolved]]
+    return tidy(quantiles_of_lines(np.arange(len(levels))) * unit, unit)
 
 
-def _some_between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whether there are integers in between. Beyond 2^53, neighbours are further apart."""
+def _has_integers_between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Whether there are integers in between. Beyond 2^53, floats are further apart than one."""
     middle = np.floor((low + high) / 2)
     return (low < middle) & (middle < high)
 
 
 def _bisected(
-    reached: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
+    reach: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
     """The least integers, up to the upper ends, that reach a level."""
-    while (between := _some_between(low, high)).any():
+    while (between := _has_integers_between(low, high)).any():
         middle = np.floor((low + high) / 2)
-        enough = reached(middle)
+        enough = reach(middle)
         low = np.where(between & ~enough, middle, low)
         high = np.where(between & enough, middle, high)
     return high
 
 
-def _filled_up(left: np.ndarray, x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """With some of them again."""
-    again = np.resize(np.arange(len(left)), min(-(-len(left) // UNIT) * UNIT, most))
-    return left[again], x[:, again]
+def _padded(numbers: np.ndarray, x: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad with repeats: few batch sizes compile."""
+    count = min(-(-len(numbers) // NUMBERS_MULTIPLE) * NUMBERS_MULTIPLE, most)
+    places = np.resize(np.arange(len(numbers)), count)
+    return numbers[places], x[:, places]
