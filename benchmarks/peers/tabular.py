@@ -79,7 +79,7 @@ def frequencies(column: Any) -> Callable[[Any], Any]:
 
 def steps(column: Any) -> tuple[float, float]:
     """How far numbers are apart, 0 if they are not rounded; and the unit of their density."""
-    from jaxode.tabular.columns.column import numeric
+    from jaxode.tabular.columns.modes_of_column import numeric
 
     values, missing = column.to_numpy(float), column.isna().to_numpy()
     if (values[~missing] == np.round(values[~missing])).all():

@@ -204,8 +204,8 @@ class Column:
         """Warn if many draws lie beyond the training rows, to which they are clipped."""
         if drawn >= DRAWS_TO_JUDGE and clipped > MAX_CLIPPED_SHARE * drawn:
             warnings.warn(
-                f"{arg('n')} {clipped / drawn:.0%} of the rows have a number of column {self.name!r} "
-                "beyond the training rows, to whose ends it is moved: the density is too wide. "
-                "Train longer, or on more rows.",
+                f"{arg('n')} {clipped / drawn:.0%} of the rows have a number of column "
+                f"{self.name!r} beyond the training rows, to whose ends it is moved: the "
+                "density is too wide. Train longer, or on more rows.",
                 stacklevel=6,
             )

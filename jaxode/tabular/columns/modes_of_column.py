@@ -12,13 +12,13 @@ from jaxode.tabular.columns.multiples import EPS, LARGEST_MULTIPLE, on_grid
 from jaxode.tabular.columns.periodic import TURN, Circle
 
 FEW_VALUES = 20  # numbers: a column that repeats no more than these is made of modes alone
-# A number is a mode if this share of the rows have it, and it is this many times as frequent as the
-# median of the equally round numbers up to this many steps away.
+# A number is a mode if this share of the rows have it, and it is this many times as frequent as
+# the median of the equally round numbers up to this many steps away.
 MIN_SHARE_OF_MODE = 0.02
 MIN_PEAK = 4.0
 NEIGHBOUR_STEPS = 10
-# A coarser grid may be a mode if this share of the rows lie on it. There are at most this many, each
-# of which must gain this many nats over all rows.
+# A coarser grid may be a mode if this share of the rows lie on it. There are at most this many,
+# each of which must gain this many nats over all rows.
 MIN_SHARE_OF_GRID = 0.05
 MAX_COARSE_GRIDS = 3
 NATS_OF_GRID = 10.0
@@ -86,7 +86,10 @@ def _check_levels(
     if number <= min(MANY_CATEGORIES, max(FEW_VALUES, MANY_CATEGORIES_SHARE * rows)):
         return
     of_dates, of_numbers = cures
-    pool_them = f"Drop the column, or pool categories with fewer than {RARE_ROWS} rows by other={RARE_ROWS}."
+    pool_them = (
+        f"Drop the column, or pool categories with fewer than {RARE_ROWS} rows by "
+        f"other={RARE_ROWS}."
+    )
     message = f"{arg('frame')} column {name!r} must repeat its categories; got {number} of them"
     message += f" in {rows} rows. {of_dates or of_numbers + pool_them}"
     if number > max(FEW_VALUES, TOO_MANY_CATEGORIES_SHARE * rows):

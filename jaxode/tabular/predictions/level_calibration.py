@@ -85,7 +85,8 @@ def _of_equal_weight(
     places = np.searchsorted(np.cumsum(part[order]), (np.arange(count) + 0.5) / count)
     if count < MIN_CALIBRATION_ROWS:
         raise ValueError(
-            f"{arg('weights')} must count at least {MIN_CALIBRATION_ROWS} of the rows aside, to calibrate; "
-            f"got {len(part)} rows that are worth {count} of equal weight. Leave calibrate out."
+            f"{arg('weights')} must count at least {MIN_CALIBRATION_ROWS} of the rows aside, to "
+            f"calibrate; got {len(part)} rows that are worth {count} of equal weight. Leave "
+            "calibrate out."
         )
     return levels[order][places]

@@ -14,8 +14,8 @@ import numpy as np
 from jaxode.tabular.columns.column import Column
 from jaxode.tabular.columns.multiples import tidy
 
-# Accept a step that misses its level by this share of the tail beyond it. From there, the lines miss
-# by less than a solve does; beside narrow peaks, by this share at most.
+# Accept a step that misses its level by this share of the tail beyond it. From there, the lines
+# miss by less than a solve does; beside narrow peaks, by this share at most.
 MISS_OF_TAIL = 0.01
 MAX_TAIL = 0.05  # probability that a tail counts for in `MISS_OF_TAIL`
 LINE_SPACING = 2e-3  # deviates between the points of a line: many times the error of a solve
