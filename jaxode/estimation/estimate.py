@@ -4,7 +4,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,20 +15,22 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import check_not_traced
 from jaxode._checks.caller import arg, public
-from jaxode.estimation.observed.observations import Given, posed
+from jaxode.estimation.observed.bounds import Bounds
+from jaxode.estimation.observed.observations import EstimateArguments, posed
 from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.profiles import Profile
 from jaxode.estimation.search.budget import Budget
-from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE, Box
+from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE
 from jaxode.estimation.search.progress_lines import as_text
 from jaxode.estimation.search.slopes import match_slopes
 from jaxode.estimation.search.starts import (
-    Ends,
-    Runs,
-    ends_of_starts,
+    MultiStart,
+    Outcomes,
     improved,
-    with_matched,
+    outcome_of_starts,
+    runs_from_slopes,
+    runs_from_starts,
 )
 from jaxode.estimation.uncertainty import (
     NULL_SINGULAR_VALUE,
@@ -51,7 +53,8 @@ from jaxode.ode.field import VectorField
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
-NOT_OPTIONS = (  # options of `solve` that it sets, or has no use for
+# Arguments of `solve` that `estimate` sets itself, or that are of no use to it.
+NOT_OPTIONS_OF_ESTIMATE = (
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
     "axis_name", "steps", "mass",
 )  # fmt: skip
@@ -88,10 +91,11 @@ class Estimate(eqx.Module):
     """The covariance as if no parameter had come to a bound; `covariance` if the others are
     determined by bounds alone."""
     _problem: ObservedODE
-    _box: Box
+    _bounds: Bounds
     _together: int = eqx.field(static=True)
+    """How many starts were rows of one solve."""
     _counts: tuple[int, int] = eqx.field(static=True)
-    """Of parameters, with the noise that the residuals say, and of observations."""
+    """The number of parameters, with the noise if the residuals say it, and of observations."""
 
     def __repr__(self) -> str:
         measures = {"cost": self.cost, "nll": self.nll}
@@ -156,12 +160,13 @@ class Estimate(eqx.Module):
         """
         flat, unravel = ravel_pytree(self.params)
         unit = self._problem.unit
-        known = not self._problem.estimated
-        scale = 1.0 if self.noise is None or known else (unit / self.noise) ** 2
-        of = Profile(self._problem, self._box, self._together, flat, scale * self.covariance, where)
-        ends, costs = of.at(values)
+        noise = self.noise if self._problem.estimated else None
+        scale = 1.0 if noise is None else (unit / noise) ** 2
+        covariance = scale * self.covariance
+        profile = Profile(self._problem, self._bounds, self._together, flat, covariance, where)
+        flats, costs = profile.at(values)
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
-        return ratio, jax.vmap(unravel)(jnp.asarray(ends, flat.dtype))
+        return ratio, jax.vmap(unravel)(jnp.asarray(flats, flat.dtype))
 
 
 @public("estimate")
@@ -252,106 +257,165 @@ def estimate(
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     budget = Budget(seconds, steps, progress)
-    known = inspect.signature(solve).parameters
-    if wrong := [name for name in options if name in NOT_OPTIONS or name not in known]:
+    allowed = set(inspect.signature(solve).parameters) - set(NOT_OPTIONS_OF_ESTIMATE)
+    if wrong := [name for name in options if name not in allowed]:
         raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
-    problem, flats, box = posed(
-        Given(
+    problem, flats, bounds = posed(
+        EstimateArguments(
             f, y0, ts, ys, starts, t0, observe, likelihood, noise, residual, prior, bounds,
             args, row_args, options,
         )
     )  # fmt: skip
     cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
     stiff = isinstance(options.get("solver"), Rodas5P | Rosenbrock23)
-    matched = _matched(match, cannot, stiff, problem, flats, box, budget)
-    count, whole = len(flats), np.asarray(flats)
-    if matched is None:
-        runs, size = Runs(whole, np.arange(count)[:, None]), min(STARTS_AT_ONCE, count)
-    else:
-        size = min(STARTS_AT_ONCE, 2 * count)
-        runs = with_matched(problem, whole, box, size, budget, *matched)
-    ends = improved(problem, runs, box, size, budget, whole, matched is not None)
-    return _described(problem, ends, box, size, budget)
-
-
-def _matched(match: bool | None, cannot: str | None, stiff: bool, problem, flats, box, budget):
-    """Starts improved by slopes, or None if they are not to be matched."""
-    if match and cannot:
-        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
-    if not match and (match is not None or stiff or cannot):
-        return None
-    matched = match_slopes(problem, flats, box, budget)
-    if match and matched is None:
+    by_slopes = None
+    if _should_match(match, cannot, stiff):
+        by_slopes = match_slopes(problem, flats, bounds, budget)
+    if match and by_slopes is None:
         raise ValueError(
             f"{arg('match')} needs five observations of each series, at times that are not too "
             "uneven, and a start at which f is finite. Leave it out."
         )
-    return matched
+    most = len(flats) if by_slopes is None else 2 * len(flats)
+    search = MultiStart(problem, np.asarray(flats), bounds, min(STARTS_AT_ONCE, most), budget)
+    if by_slopes is None:
+        runs = runs_from_starts(search.starts)
+    else:
+        runs = runs_from_slopes(search, *by_slopes)
+    return _described(search, improved(search, runs, matched=by_slopes is not None))
 
 
-def _described(
-    problem: ObservedODE, ends: Ends, box: Box, together: int, budget: Budget
-) -> Estimate:
-    unravel, dtype, best = problem.unravel, problem.ts.dtype, int(np.argmin(ends.costs))
-    flat, cost, residuals = ends.runs.flats[best], float(ends.costs[best]), ends.residuals[best]
-    params = unravel(jnp.asarray(flat, dtype))
-    used = int((~np.isnan(problem.ys)).sum())
-    # A prior has a row for each of its residuals; what is missing has none.
-    rows = len(residuals) - (problem.ys.size - used)
-    count = int(box.free.sum())
-    square, free = chi_square(problem, residuals, cost), rows - count
-    noise, scale = None, 1.0
-    if problem.estimated:
-        scale, count = square / free, count + 1
-        noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
-    elif has_noise(problem):
-        noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
-    stopped = (flat <= np.asarray(box.low)) | (flat >= np.asarray(box.high))
-    information, tiny = ends.information[best], NULL_SINGULAR_VALUE[dtype]
-    covariance, errors = uncertainty(information, scale, tiny, ~stopped)
-    unbounded = covariance_without_bounds(information, scale, tiny, box.free, covariance)
-    converged = bool(ends.converged[best])
-    if not converged and is_vague(flat, errors).any():
-        # Along parameters that are not determined, steps never become small.
-        left = gain_left(information, ends.gradients[best], tiny, ~stopped)
-        converged = left < SAME_NATS * scale
-    if converged:
-        _warn_of_large_residuals(problem, square, free)
-    warn_of_parameters(problem, flat, errors, stopped & box.free)
-    starts, costs = ends_of_starts(ends)
-    alike = costs - cost <= SAME_NATS * scale + SAME_SQUARE * used
-    warn_of_modes(problem, flat, errors, starts[alike])
-    if not converged:
-        warnings.warn(
-            f"estimate: the search {budget.describe()}. The standard errors may be wrong. Start "
-            "nearer, give more time, or lower rtol and atol.",
-            stacklevel=4,
-        )
+def _should_match(match: bool | None, cannot: str | None, stiff: bool) -> bool:
+    """Whether to match slopes first. `cannot` is the argument that forbids it, if there is one."""
+    if match and cannot:
+        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
+    return not (stiff or cannot) if match is None else match
+
+
+class _Fit(NamedTuple):
+    """Where the best run ended, and how well it fits."""
+
+    flat: Float[np.ndarray, " n"]
+    params: PyTree
+    cost: float
+    converged: bool
+    information: Float[np.ndarray, "k n"]
+    """A root of the Fisher information, without the scale."""
+    gradient: Float[np.ndarray, " n"]
+    """The gradient of the cost."""
+    parameters: int
+    """The number of movable parameters, the noise too if the residuals say it."""
+    observations: int
+    """The number of observations that are not missing."""
+    square: float
+    """A statistic whose mean is `degrees` if the noise is right."""
+    degrees: int
+    """Degrees of freedom of the residuals."""
+    scale: float
+    """Multiplies covariances: the estimated variance of the noise, in the unit of the cost, or
+    one."""
+    noise: Array | None
+    """The noise of the estimate."""
+
+
+class _Precision(NamedTuple):
+    """How sure the parameters are."""
+
+    covariance: Float[np.ndarray, "n n"]
+    unbounded: Float[np.ndarray, "n n"]
+    """The covariance as if no parameter had come to a bound."""
+    errors: Float[np.ndarray, " n"]
+    at_bound: Bool[np.ndarray, " n"]
+    """Which parameters ended at a bound, or are fixed."""
+    converged: bool
+    """Whether the search has converged, or little is left to gain."""
+
+
+def _described(search: MultiStart, outcomes: Outcomes) -> Estimate:
+    """The estimate where the best run ended. Warns if something is wrong with it."""
+    problem, dtype = search.problem, search.problem.ts.dtype
+    fit = _best_fit(search, outcomes)
+    precision = _precision(search, fit)
+    starts, costs = outcome_of_starts(outcomes)
+    _warn(search, fit, precision, starts, costs)
     unit = float(problem.unit) ** 2
     return Estimate(
-        params=params,
-        cost=jnp.asarray(cost * unit, dtype),
-        nll=nll_of(problem, params, cost, used),
-        covariance=jnp.asarray(covariance, dtype),
-        errors=unravel(jnp.asarray(errors, dtype)),
-        noise=noise,
-        starts=jax.vmap(unravel)(jnp.asarray(starts, dtype)),
+        params=fit.params,
+        cost=jnp.asarray(fit.cost * unit, dtype),
+        nll=nll_of(problem, fit.params, fit.cost, fit.observations),
+        covariance=jnp.asarray(precision.covariance, dtype),
+        errors=problem.unravel(jnp.asarray(precision.errors, dtype)),
+        noise=fit.noise,
+        starts=jax.vmap(problem.unravel)(jnp.asarray(starts, dtype)),
         costs=jnp.asarray(costs * unit, dtype),
-        converged=jnp.asarray(converged),
-        _unbounded=jnp.asarray(unbounded, dtype),
+        converged=jnp.asarray(precision.converged),
+        _unbounded=jnp.asarray(precision.unbounded, dtype),
         _problem=problem,
-        _box=box,
-        _together=together,
-        _counts=(count, used),
+        _bounds=search.bounds,
+        _together=search.size,
+        _counts=(fit.parameters, fit.observations),
     )
 
 
-def _warn_of_large_residuals(problem: ObservedODE, square: float, free: int) -> None:
-    """Warn if squares are too large for their number."""
-    if has_known_variance(problem) and is_unlikely(square, free):
+def _best_fit(search: MultiStart, outcomes: Outcomes) -> _Fit:
+    """The run that costs least, and the noise that its residuals say."""
+    problem, best = search.problem, int(np.argmin(outcomes.costs))
+    flat, cost = outcomes.runs.flats[best], float(outcomes.costs[best])
+    residuals, dtype = outcomes.residuals[best], problem.ts.dtype
+    params = problem.unravel(jnp.asarray(flat, dtype))
+    observations = int((~np.isnan(problem.ys)).sum())
+    # A prior adds a row for each of its residuals; a missing observation has none.
+    rows = len(residuals) - (problem.ys.size - observations)
+    parameters = int(search.bounds.movable.sum())
+    square, degrees = chi_square(problem, residuals, cost), rows - parameters
+    noise, scale = None, 1.0
+    if problem.estimated:
+        scale, parameters = square / degrees, parameters + 1
+        noise = jnp.asarray(math.sqrt(scale) * problem.unit, dtype)
+    elif has_noise(problem):
+        noise = problem.noise_at(params) if callable(problem.noise) else problem.noise
+    return _Fit(
+        flat, params, cost, bool(outcomes.converged[best]), outcomes.information[best],
+        outcomes.gradients[best], parameters, observations, square, degrees, scale, noise,
+    )  # fmt: skip
+
+
+def _precision(search: MultiStart, fit: _Fit) -> _Precision:
+    """The standard errors of a fit, and whether it is as good as it can be."""
+    bounds, tiny = search.bounds, NULL_SINGULAR_VALUE[search.problem.ts.dtype]
+    at_bound = (fit.flat <= np.asarray(bounds.lower)) | (fit.flat >= np.asarray(bounds.upper))
+    covariance, errors = uncertainty(fit.information, fit.scale, tiny, ~at_bound)
+    unbounded = covariance_without_bounds(
+        fit.information, fit.scale, tiny, bounds.movable, covariance
+    )
+    converged = fit.converged
+    if not converged and is_vague(fit.flat, errors).any():
+        # Steps never become small along parameters that are not determined.
+        gain = gain_left(fit.information, fit.gradient, tiny, ~at_bound)
+        converged = gain < SAME_NATS * fit.scale
+    return _Precision(covariance, unbounded, errors, at_bound, converged)
+
+
+def _warn(
+    search: MultiStart, fit: _Fit, precision: _Precision, flats: np.ndarray, costs: np.ndarray
+) -> None:
+    """Warn if the fit or its errors are not to be relied on. The starts ended at `flats`."""
+    problem = search.problem
+    if precision.converged and has_known_variance(problem) and is_unlikely(fit.square, fit.degrees):
         warnings.warn(
-            f"estimate: residuals are {math.sqrt(square / free):.3g} times the noise: half their "
-            f"squares sum to {square / 2:.3g} for {free} degrees of freedom. The model does not "
-            f"fit, or the noise is larger{cure(problem)}. The standard errors are too small.",
+            f"estimate: residuals are {math.sqrt(fit.square / fit.degrees):.3g} times the noise: "
+            f"half their squares sum to {fit.square / 2:.3g} for {fit.degrees} degrees of freedom. "
+            f"The model does not fit, or the noise is larger{cure(problem)}. The standard errors "
+            "are too small.",
+            stacklevel=5,
+        )
+    movable = search.bounds.movable
+    warn_of_parameters(problem, fit.flat, precision.errors, precision.at_bound & movable)
+    alike = costs - fit.cost <= SAME_NATS * fit.scale + SAME_SQUARE * fit.observations
+    warn_of_modes(problem, fit.flat, precision.errors, flats[alike])
+    if not precision.converged:
+        warnings.warn(
+            f"estimate: the search {search.budget.describe()}. The standard errors may be wrong. "
+            "Start nearer, give more time, or lower rtol and atol.",
             stacklevel=5,
         )

@@ -15,7 +15,8 @@ from jaxode.estimation.observed.observations import check_times
 from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.ode.interpolations import check_knots
 
-NORMAL_95 = 1.959964  # deviations: 95% of a normal distribution
+# 95% of a normal distribution lie within so many standard deviations of its mean.
+NORMAL_95 = 1.959964
 
 
 class Band(NamedTuple):
@@ -45,22 +46,23 @@ def predicted_band(
     check_knots("ts", problem.row_args, (problem.t0, times[..., -1]))
     flat, _ = ravel_pytree(params)
     mean, slopes = _sensitivities(dataclasses.replace(problem, ts=times), flat)
-    # Those that bounds fix are NaN there, and stay. Those that are not determined are infinite.
-    lost = jnp.isinf(jnp.diag(covariance))
-    known = jnp.where(jnp.isfinite(covariance), covariance, 0.0)
-    variance = jnp.einsum("...i,ij,...j->...", slopes, known, slopes)
-    unknown = (slopes != 0).astype(int) @ lost.astype(int) > 0
-    apart = NORMAL_95 * jnp.where(unknown, jnp.inf, jnp.sqrt(variance))
-    return Band(mean, mean - apart, mean + apart)
+    # The covariance is NaN for parameters that bounds fix, which add no variance, and infinite for
+    # those that are not determined.
+    undetermined = jnp.isinf(jnp.diag(covariance))
+    finite = jnp.where(jnp.isfinite(covariance), covariance, 0.0)
+    variance = jnp.einsum("...i,ij,...j->...", slopes, finite, slopes)
+    unknown = (slopes != 0).astype(int) @ undetermined.astype(int) > 0
+    width = NORMAL_95 * jnp.where(unknown, jnp.inf, jnp.sqrt(variance))
+    return Band(mean, mean - width, mean + width)
 
 
 @compiled
 def _sensitivities(problem: ObservedODE, flat: Float[Array, " n"]) -> tuple[Array, Array]:
-    """The predictions, and their derivatives in the last axis."""
+    """The predictions, and their derivatives by the parameters, `[..., n]`."""
 
     def twice(flat):
-        found = problem.predicted(problem.unravel(flat), jnp.max(problem.ts), throw=True)
-        return found, found
+        mean = problem.predicted(problem.unravel(flat), jnp.max(problem.ts), throw=True)
+        return mean, mean
 
     slopes, mean = jax.jacfwd(twice, has_aux=True)(flat)
     return mean, slopes

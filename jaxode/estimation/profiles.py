@@ -12,20 +12,26 @@ from jaxtyping import Array, Float, PyTree
 from jaxode._checks.arguments import floating
 from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite
+from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.estimation.search.budget import MOST_STEPS
-from jaxode.estimation.search.levenberg_marquardt import Box, minimize
-from jaxode.estimation.search.objectives import Local, Objective, of_observations
+from jaxode.estimation.search.levenberg_marquardt import minimize
+from jaxode.estimation.search.objectives import LocalModel, Objective, of_observations
 
-# A function is held at a value by residuals of ten times its curvature, which shrink the distance a
-# hundred times each round, until it is below this part of the standard error.
-STIFFNESS, ROUNDS, HELD = 10.0, 6, 1e-5
+# A residual holds a function at a value. Its weight is this, by the standard error of the function:
+# each round then shrinks the distance to the value about a hundred times.
+HOLDING_WEIGHT = 10.0
+# The largest number of rounds.
+HOLDING_ROUNDS = 6
+# End when the distance is below this part of the standard error.
+HOLDING_TOLERANCE = 1e-5
 
 
 class Held(Objective):
-    """An objective, and a function of the parameters near the last number of `flat`, which stays.
+    """An objective with a function of the parameters held near a value.
 
-    That number is the value and the multiplier of an augmented Lagrangian, by the weight.
+    The value is the last number of `flat`, which bounds fix. By the weight, it is also the
+    multiplier of an augmented Lagrangian.
     """
 
     objective: Objective
@@ -37,15 +43,15 @@ class Held(Objective):
         return self.objective.count + 1
 
     def quantities(self, flat, start):
-        apart = self.weight * (self.where(flat[:-1]) - flat[-1])
-        return jnp.append(self.objective.quantities(flat[:-1], start[:-1]), apart)
+        distance = self.weight * (self.where(flat[:-1]) - flat[-1])
+        return jnp.append(self.objective.quantities(flat[:-1], start[:-1]), distance)
 
     def local(self, flat, start, quantities, jacobian):
-        near = self.objective.local(flat[:-1], start[:-1], quantities[:-1], jacobian[:-1, :-1])
-        rows = jnp.pad(near.jacobian, ((0, 0), (0, 1)))
-        return Local(
-            near.cost + 0.5 * quantities[-1] ** 2,
-            jnp.append(near.residuals, quantities[-1]),
+        model = self.objective.local(flat[:-1], start[:-1], quantities[:-1], jacobian[:-1, :-1])
+        rows = jnp.pad(model.jacobian, ((0, 0), (0, 1)))
+        return LocalModel(
+            model.cost + 0.5 * quantities[-1] ** 2,
+            jnp.append(model.residuals, quantities[-1]),
             jnp.concatenate([rows, jacobian[-1:]]),
         )
 
@@ -55,19 +61,19 @@ class Profile:
 
     Args:
         problem: the observations.
-        box: bounds of the parameters.
-        size: how many values at a time, for which there is a program.
+        bounds: of the parameters.
+        size: how many values at a time, as many as the program of the search takes.
         flat: the estimate.
         covariance: of the estimate, in units of the cost.
         where: a function of the parameters, or the name of one.
     """
 
     def __init__(
-        self, problem: ObservedODE, box: Box, size: int, flat: Float[Array, " n"],
+        self, problem: ObservedODE, bounds: Bounds, size: int, flat: Float[Array, " n"],
         covariance: Float[Array, "n n"], where: str | Callable[[PyTree], Array],
     ):  # fmt: skip
         where = operator.itemgetter(where) if isinstance(where, str) else where
-        self.box, self.size, self.flat = Box(*map(np.asarray, box)), size, np.asarray(flat)
+        self.bounds, self.size, self.flat = Bounds(*map(np.asarray, bounds)), size, np.asarray(flat)
         self.objective = of_observations(problem, jnp.max(problem.ts))
         self.where = lambda flat: jnp.reshape(where(problem.unravel(flat)), ()).astype(flat.dtype)
         try:
@@ -83,51 +89,58 @@ class Profile:
                 f"the value {value:.4g} and the slope {slope}."
             )
         self.value, chosen = float(value), np.asarray(slope != 0)
-        known = np.where(np.isfinite(covariance), covariance, 0.0)
-        error = float(np.sqrt(slope @ known @ slope))
+        finite = np.where(np.isfinite(covariance), covariance, 0.0)
+        error = float(np.sqrt(slope @ finite @ slope))
         self.error = error if error > 0 else max(abs(self.value), 1.0)
-        one = chosen.sum() == 1 and slope[chosen][0] == 1 and value == flat[chosen][0]
-        self.is_parameter, self.chosen = one, chosen
+        self.chosen = chosen
+        self.is_parameter = chosen.sum() == 1 and slope[chosen][0] == 1 and value == flat[chosen][0]
 
     def at(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The parameters and the cost at each value, in order of distance from the estimate: each
-        starts where the nearest one that is done has ended."""
+        """The parameters and the cost at each value.
+
+        Values are taken in order of their distance from the estimate. The search for each starts
+        where that for the nearest value before it has ended.
+        """
         values = np.asarray(floating(values).astype(self.flat.dtype))
         if values.ndim != 1:
             raise ValueError(f"{arg('values')} must be [values]; got shape {values.shape}.")
         check_finite({"values": values})
         order = np.argsort(np.abs(values - self.value), kind="stable")
-        ends, costs = np.zeros((len(values), len(self.flat))), np.zeros(len(values))
+        flats, costs = np.zeros((len(values), len(self.flat))), np.zeros(len(values))
         done = [(self.value, self.flat)]
         for part in np.split(order, range(self.size, len(order), self.size)):
             rows = np.resize(part, self.size)
-            near = [min(done, key=lambda pair: abs(pair[0] - values[i]))[1] for i in rows]
+            starts = [min(done, key=lambda pair: abs(pair[0] - values[i]))[1] for i in rows]
             fitted = self._of_parameter if self.is_parameter else self._of_function
-            ends[rows], costs[rows] = fitted(np.stack(near), values[rows])
-            done += [(float(values[i]), ends[i]) for i in part if np.isfinite(costs[i])]
-        return ends, costs
+            flats[rows], costs[rows] = fitted(np.stack(starts), values[rows])
+            done += [(float(values[i]), flats[i]) for i in part if np.isfinite(costs[i])]
+        return flats, costs
 
     def _of_parameter(self, starts: np.ndarray, values: np.ndarray):
+        """Fit with the parameter fixed at values by equal bounds."""
         starts = np.where(self.chosen, values[:, None], starts)
-        held = Box(*(np.where(self.chosen, starts, bound) for bound in self.box))
-        found = minimize(self.objective, starts, held, MOST_STEPS, size=self.size)
-        low, high = (np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.box)
-        inside = (low <= values) & (values <= high)
-        return found.flats, np.where(inside, found.costs, np.inf)
+        fixed = Bounds(*(np.where(self.chosen, starts, bound) for bound in self.bounds))
+        fits = minimize(self.objective, starts, fixed, MOST_STEPS, size=self.size)
+        lower, upper = (
+            np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.bounds
+        )
+        inside = (lower <= values) & (values <= upper)
+        return fits.flats, np.where(inside, fits.costs, np.inf)
 
     def _of_function(self, starts: np.ndarray, values: np.ndarray):
-        objective = Held(self.objective, self.where, jnp.asarray(STIFFNESS / self.error))
-        wide = [np.broadcast_to(bound, starts.shape) for bound in self.box]
-        aims = values
-        found: Any = None
-        for _ in range(ROUNDS):
-            ends = np.column_stack([starts, aims])
-            held = Box(*(np.column_stack([bound, aims]) for bound in wide))
-            found = minimize(objective, ends, held, MOST_STEPS, size=self.size)
-            starts = found.flats[:, :-1]
-            apart = np.asarray(jax.vmap(self.where)(jnp.asarray(starts))) - values
-            if not (np.abs(apart) > HELD * self.error).any():
+        """Fit with the function held at values, which moves the aims by the distances left."""
+        objective = Held(self.objective, self.where, jnp.asarray(HOLDING_WEIGHT / self.error))
+        bounds = [np.broadcast_to(bound, starts.shape) for bound in self.bounds]
+        tolerance, aims = HOLDING_TOLERANCE * self.error, values
+        fits: Any = None
+        for _ in range(HOLDING_ROUNDS):
+            flats = np.column_stack([starts, aims])
+            fixed = Bounds(*(np.column_stack([bound, aims]) for bound in bounds))
+            fits = minimize(objective, flats, fixed, MOST_STEPS, size=self.size)
+            starts = fits.flats[:, :-1]
+            distance = np.asarray(jax.vmap(self.where)(jnp.asarray(starts))) - values
+            if not (np.abs(distance) > tolerance).any():
                 break
-            aims = aims - np.nan_to_num(apart)
-        costs = found.costs - 0.5 * found.residuals[:, -1] ** 2
-        return starts, np.where(np.abs(apart) <= HELD * self.error, costs, np.inf)
+            aims = aims - np.nan_to_num(distance)
+        costs = fits.costs - 0.5 * fits.residuals[:, -1] ** 2
+        return starts, np.where(np.abs(distance) <= tolerance, costs, np.inf)

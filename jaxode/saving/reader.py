@@ -10,7 +10,13 @@ from jaxode._jax.closure import constant, unwrap_constants
 from jaxode._jax.precision import weakly_typed
 from jaxode.saving import frame_types
 from jaxode.saving.container import UnreadableError
-from jaxode.saving.registry import class_of_name, fields, function_of_name, is_of_numpy
+from jaxode.saving.registry import (
+    RENAMED_FIELDS,
+    class_of_name,
+    fields,
+    function_of_name,
+    is_of_numpy,
+)
 
 ABSENT = object()
 """The place in a template of what the template lacks."""
@@ -88,6 +94,8 @@ class Reader:
             raise UnreadableError(
                 f"a {name}, which this version of jaxode does not know, at {place}"
             )
+        renamed = RENAMED_FIELDS.get(name, {})
+        parts = {str(renamed.get(field, field)): part for field, part in parts.items()}
         if set(parts) != set(fields(cls)):
             differ = sorted(set(parts) ^ set(fields(cls)))
             raise UnreadableError(

@@ -90,7 +90,7 @@ CLASSES = {
     "Estimate": "jaxode.estimation.estimate:Estimate",
     "PopulationEstimate": "jaxode.estimation.populations.population:PopulationEstimate",
     "ObservedODE": "jaxode.estimation.observed.observed_system:ObservedODE",
-    "ParameterBox": "jaxode.estimation.search.levenberg_marquardt:Box",
+    "ParameterBox": "jaxode.estimation.observed.bounds:Bounds",
     "NormalNoise": "jaxode.estimation.observed.likelihoods:Normal",
     "LogNormalNoise": "jaxode.estimation.observed.likelihoods:LogNormal",
     "LaplaceNoise": "jaxode.estimation.observed.likelihoods:Laplace",
@@ -98,6 +98,11 @@ CLASSES = {
     "NegativeBinomialNoise": "jaxode.estimation.observed.likelihoods:NegativeBinomial",
     # trainings
     "Point": "jaxode.training.loop:Point",
+}
+# Fields that files of 0.6 have by an older name, in classes by their names in files.
+RENAMED_FIELDS = {
+    "Estimate": {"_box": "_bounds"},
+    "ParameterBox": {"low": "lower", "high": "upper"},
 }
 FUNCTIONS = {
     "kinetic_energy": "jaxode.regularizers:_square",

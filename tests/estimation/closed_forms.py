@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxode.estimation.observed import observed_system
-from jaxode.estimation.observed.observations import Given, posed
+from jaxode.estimation.observed.observations import EstimateArguments, posed
 from jaxode.estimation.populations import marginal
 
 REAL = observed_system.solve
@@ -72,5 +72,7 @@ def known_solutions():
 
 def posed_problem(f, y0, ts, ys, starts, **options):
     """The problem that `jaxode.estimate` poses, its starts as vectors, and their bounds."""
-    given = dict.fromkeys(Given._fields) | {"t0": 0.0, "options": {}} | options
-    return posed(Given(**given | {"f": f, "y0": y0, "ts": ts, "ys": ys, "starts": starts}))
+    given = dict.fromkeys(EstimateArguments._fields) | {"t0": 0.0, "options": {}} | options
+    return posed(
+        EstimateArguments(**given | {"f": f, "y0": y0, "ts": ts, "ys": ys, "starts": starts})
+    )

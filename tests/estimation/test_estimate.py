@@ -17,7 +17,7 @@ import jaxode
 from jaxode.estimation.search import levenberg_marquardt
 from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.slopes import smoothed
-from jaxode.estimation.search.starts import Runs, _cause, ends_of_starts, improved
+from jaxode.estimation.search.starts import MultiStart, Runs, _cause, improved, outcome_of_starts
 from jaxode.estimation.uncertainty import is_unlikely
 
 TS = np.linspace(0.1, 3.0, 30)
@@ -688,8 +688,9 @@ def test_a_search_that_is_cut_short_looks_at_the_starts_again(fitted):
     """Slopes that were not matched to their end may have led to worse parameters."""
     start = np.asarray(ravel_pytree(fitted.params)[0])[None]
     worse, over = Runs(start + 1.0, np.zeros((1, 1), int)), Budget(0, None, False)
-    ends = improved(fitted._problem, worse, fitted._box, fitted._together, over, start, True)
-    np.testing.assert_array_equal(ends_of_starts(ends)[0], start)
+    search = MultiStart(fitted._problem, start, fitted._bounds, fitted._together, over)
+    outcomes = improved(search, worse, matched=True)
+    np.testing.assert_array_equal(outcome_of_starts(outcomes)[0], start)
 
 
 def test_an_interrupt_ends_a_profile(fitted, monkeypatch):

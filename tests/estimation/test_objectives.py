@@ -11,7 +11,7 @@ from jaxode.estimation.observed.tolerances import sizes_of_states
 from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.objectives import of_observations
 from jaxode.estimation.search.slopes import OfSlopes, match_slopes
-from jaxode.estimation.search.starts import _end
+from jaxode.estimation.search.starts import end_of_part
 
 TS = np.linspace(0.5, 4.0, 8)
 YS = 2.0 * np.exp(-0.5 * TS) + 0.1 * np.cos(5 * TS)
@@ -109,17 +109,17 @@ def test_predictions_stay_what_they_are_at_the_end():
     predicted = problem.predicted(problem.unravel(FLAT), jnp.asarray(TS[3]))[:, 0]
     expected = AT["size"] * np.exp(-np.exp(AT["rate"]) * np.minimum(TS, TS[3]))
     np.testing.assert_allclose(predicted, expected, rtol=1e-12)
-    np.testing.assert_array_equal(problem.seen(jnp.asarray(TS[3]))[:, 0], SEEN & (TS[3] >= TS))
+    np.testing.assert_array_equal(problem.mask(jnp.asarray(TS[3]))[:, 0], SEEN & (TS[3] >= TS))
 
 
 def test_parts_of_the_times_hold_more_observations_than_parameters():
     problem = posed(noise=noise_of)
     # The first four, of which one is missing, are three, as many as the parameters.
-    ends = [float(_end(problem, number)) for number in range(5)]
+    ends = [float(end_of_part(problem, number)) for number in range(5)]
     np.testing.assert_allclose(ends, [TS[4], TS[4], TS[4], TS[4], TS[7]])
     long = np.arange(1.0, 65.0)
     many = posed_problem(DECAY, begin, long, np.ones((64, 1)), STARTS, noise=noise_of)[0]
-    ends = [float(_end(many, number)) for number in range(6)]
+    ends = [float(end_of_part(many, number)) for number in range(6)]
     np.testing.assert_allclose(ends, [4, 8, 16, 32, 64, 64])
 
 

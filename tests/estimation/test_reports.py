@@ -14,7 +14,7 @@ from scipy import optimize, stats
 from jaxode.estimation.estimate import _described
 from jaxode.estimation.observed.bounds import names
 from jaxode.estimation.search.budget import Budget
-from jaxode.estimation.search.starts import Ends, Runs
+from jaxode.estimation.search.starts import MultiStart, Outcomes, Runs
 from jaxode.estimation.uncertainty import covariance_without_bounds, gain_left, uncertainty
 
 TS = np.linspace(0.1, 3.0, 30)
@@ -30,7 +30,7 @@ def described(
     **options,
 ):  # fmt: skip
     """What `estimate` makes of ends at `flats`, with costs above those of the known noise `at`."""
-    problem, _, box = posed_problem(
+    problem, flats_of_starts, bounds = posed_problem(
         DECAY, lambda params: params["size"][None], TS, YS[:, None], starts, **options
     )
     unit = NOISE if "noise" in options else float(problem.noise)
@@ -40,12 +40,15 @@ def described(
     slopes = np.stack([-size * np.exp(rate) * TS * shape, shape], 1) / unit
     slopes = np.pad(slopes, ((0, 0), (0, len(starts) - 2)))  # of others, without effect
     runs, costs = Runs(np.array(flats), np.array([[0], [1]])), np.array(costs)
-    ends = Ends(
+    outcomes = Outcomes(
         runs, 0.5 * np.sum(residuals**2) + costs, np.full(2, converged),
         np.tile(residuals, (2, 1)), np.tile(slopes, (2, 1, 1)),
         np.tile(residuals @ slopes, (2, 1)),
     )  # fmt: skip
-    return _described(problem, ends, box, 2, budget or Budget(None, None, False)), slopes
+    search = MultiStart(
+        problem, np.asarray(flats_of_starts), bounds, 2, budget or Budget(None, None, False)
+    )
+    return _described(search, outcomes), slopes
 
 
 def test_ends_are_described_by_the_best_of_them():

@@ -491,33 +491,34 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # What a profile holds moves.
     ("estimation/profiles.py", "np.where(self.chosen, starts, bound)", "bound + 0 * starts"),
     # The distance to a value is not made up for.
-    ("estimation/profiles.py", "aims = aims - np.nan_to_num(apart)", "aims = aims"),
+    ("estimation/profiles.py", "aims = aims - np.nan_to_num(distance)", "aims = aims"),
     # The gradient is as if the effects of a subject stayed.
     ("estimation/populations/marginal.py", "by[:count] + down @ moves", "by[:count]"),
     # A start that was replaced counts where it was.
-    ("estimation/search/levenberg_marquardt.py", "of_all[of_row[ended]] =", "of_all[ended] ="),
-    ("estimation/search/levenberg_marquardt.py", "near = ~row.cut & (", "near = ("),
-    ("estimation/search/starts.py", "if whole and not with_starts:", "if False:"),
+    ("estimation/search/levenberg_marquardt.py", "fits[start] = Fits(", "fits[row] = Fits("),
+    ("estimation/search/levenberg_marquardt.py", "jnp.all(~search.cut & (", "jnp.all(("),
+    ("estimation/search/starts.py", "if not with_starts:", "if False:"),
     # Runs that are misled by the first observations take their starts with them.
-    ("estimation/search/starts.py", "again = np.full(len(costs), np.isinf(costs).all())",
-     "again = np.isinf(costs) & False"),
+    ("estimation/search/starts.py", "np.full(len(search.starts), np.isinf(fits.costs).all())",
+     "np.full(len(search.starts), False)"),
     # A start that costs less than the end of its run is dropped.
-    ("estimation/search/starts.py", "of_starts < costs[alone]", "of_starts < -np.inf"),
-    # Errors of others are as if a parameter at its bound were free.
-    ("estimation/uncertainty.py", "np.where(free, np.nan_to_num(jacobian), 0.0)",
+    ("estimation/search/starts.py", "(starts[alone], end) < costs[alone]",
+     "(starts[alone], end) < -np.inf"),
+    # Errors of others are as if a parameter at its bound were movable.
+    ("estimation/uncertainty.py", "np.where(movable, np.nan_to_num(jacobian), 0.0)",
      "np.nan_to_num(jacobian)"),
     # The score of the noise is as if the residuals were one.
     ("estimation/search/objectives.py", "append(down_noise /", "append(0 * down_noise /"),
     # Observations that are missing count.
     ("estimation/observed/observed_system.py",
-     "return seen & ~jnp.isnan(self.ys)", "return seen & True"),
+     "return early & ~jnp.isnan(self.ys)", "return early & True"),
     # No part of the observations comes first.
     ("estimation/search/starts.py",
      "PARTS_OF_TIMES[min(number, len(PARTS_OF_TIMES) - 1)] * len(times)",
      "len(times)"),
     ("estimation/uncertainty.py", "covariance = scale * inverse", "covariance = inverse"),
     # A start above its upper bound is taken.
-    ("estimation/observed/bounds.py", "(starts < low) | (starts > high)", "starts < low"),
+    ("estimation/observed/bounds.py", "(starts < lower) | (starts > upper)", "starts < lower"),
     # Messages and tables call all numbers of an array by one name.
     ("estimation/observed/bounds.py", '"".join(f"[{i}]" for i in at)', '""'),
     # A second Ctrl-C does not end a search that hangs.
@@ -532,16 +533,19 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Two digits of an estimate are shown.
     ("estimation/search/progress_lines.py", "DIGITS = 5", "DIGITS = 2"),
     # Criteria do not count the noise that the residuals say.
-    ("estimation/estimate.py", "square / free, count + 1", "square / free, count"),
+    ("estimation/estimate.py", "square / degrees, parameters + 1",
+     "square / degrees, parameters"),
     # A search has converged wherever it ends.
-    ("estimation/estimate.py", "left < SAME_NATS * scale", "left < np.inf"),
+    ("estimation/estimate.py", "gain < SAME_NATS * fit.scale", "gain < np.inf"),
     ("estimation/estimate.py", "if not converged and is_vague", "if False and is_vague"),
     # What is left to gain is in directions of rounding, too.
-    ("estimation/uncertainty.py", "known = values > max(values[0], 1e-30) * tiny",
-     "known = values > 0"),
+    ("estimation/uncertainty.py", "determined = values > max(values[0], 1e-30) * tiny",
+     "determined = values > 0"),
     # A parameter that equal bounds fix counts as one.
-    ("estimation/estimate.py", "count = int(box.free.sum())", "count = len(flat)"),
-    ("estimation/observed/observations.py", "int(box.free.sum()))", "flats.shape[1])"),
+    ("estimation/estimate.py", "parameters = int(search.bounds.movable.sum())",
+     "parameters = len(flat)"),
+    ("estimation/observed/observations.py", "int(bounds.movable.sum()))",
+     "flats.shape[1])"),
     # A band as if parameters at a bound were known.
     ("estimation/estimate.py", "self.params, self._unbounded", "self.params, self.covariance"),
     # Predictions extrapolate inputs.
@@ -549,10 +553,10 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "pass"),
     ("estimation/prediction.py",
      'check_knots("ts", problem.row_args, (problem.t0, times[..., -1]))', "pass"),
-    # A parameter at its upper bound has an error as if it were free.
-    ("estimation/estimate.py", " | (flat >= np.asarray(box.high))", ""),
+    # A parameter at its upper bound has an error as if it were movable.
+    ("estimation/estimate.py", " | (fit.flat >= np.asarray(bounds.upper))", ""),
     # Ends that are far less likely are told as likely.
-    ("estimation/estimate.py", "errors, starts[alike])", "errors, starts)"),
+    ("estimation/estimate.py", "errors, flats[alike])", "errors, flats)"),
     ("estimation/estimate.py", "math.log(self._counts[1])", "math.log(self._counts[0])"),
     # Wrong values of the likelihood of counts.
     ("estimation/observed/likelihoods.py", "            + lgamma(observed + 1)\n",
@@ -588,8 +592,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Tolerances do not go with the unit of the data.
     ("estimation/observed/tolerances.py", "float(rtol) * size", "float(rtol) + 0 * size"),
     # A number of the state that begins at zero is solved as coarsely as the largest start says.
-    ("estimation/observed/tolerances.py", "np.min(np.where(found > 0, found, np.inf), axis=0)",
-     "np.max(found, axis=0)"),
+    ("estimation/observed/tolerances.py", "np.min(np.where(sizes > 0, sizes, np.inf), axis=0)",
+     "np.max(sizes, axis=0)"),
     # A parameter of a population in a large unit is taken for one that nothing determines.
     ("estimation/populations/maximum.py",
      "np.diag(hessian), LEAST / units**2)", "np.diag(hessian), LEAST)"),
@@ -613,27 +617,28 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Bands of one deviation in place of 95%.
     ("estimation/prediction.py", "NORMAL_95 = 1.959964", "NORMAL_95 = 1.0"),
     # What is not determined is predicted as if it were known.
-    ("estimation/prediction.py", "lost.astype(int) > 0", "lost.astype(int) < 0"),
+    ("estimation/prediction.py", "undetermined.astype(int) > 0",
+     "undetermined.astype(int) < 0"),
     # Parts of the observations are solved to the end.
     ("estimation/observed/observed_system.py", "jnp.minimum(self.ts, end), None", "self.ts, None"),
     # A prior does not get the data.
     ("estimation/observed/observed_system.py",
-     "self.prior(self.given(params))", "self.prior(params)"),
+     "self.prior(self.with_args(params))", "self.prior(params)"),
     # A row that ends makes place for none before all end: the rest is never searched.
     ("estimation/search/levenberg_marquardt.py",
      "limit = 1 if over else steps + 1", "limit = steps + 1"),
     # The distance from the start counts in the result.
     ("estimation/search/levenberg_marquardt.py",
-     "found = objective.local(flat, row.start, quantities, jacobian)\n",
-     "found = _with_hold(objective.local(flat, row.start, quantities, jacobian), row.hold + 0 * "
-     "flat, flat - row.start)\n"),
+     "model = objective.local(flat, search.start, quantities, jacobian)\n",
+     "model = _with_hold(objective.local(flat, search.start, quantities, jacobian), "
+     "search.hold + 0 * flat, flat - search.start)\n"),
     # Slopes in another unit of time.
     ("estimation/search/slopes.py", "spline.derivative()(at) / unit", "spline.derivative()(at)"),
     # Slopes of what is missing count as if they were observed.
     ("estimation/search/slopes.py", "np.where(np.isnan(series), np.inf,",
      "np.where(np.isnan(series), 1.0,"),
     # A start whose end is that of another is lost.
-    ("estimation/search/starts.py", "to[i] = same[0]", "to[i] = -1"),
+    ("estimation/search/starts.py", "place[i] = same[0]", "place[i] = -1"),
     # Runs are kept however much they cost.
     ("estimation/search/starts.py", "else GIVE_UP_FACTOR * least", "else np.inf * least"),
     ("ode/odeint.py", "max_step = None if hmax == jnp.inf else hmax", "max_step = None"),

@@ -9,40 +9,49 @@ from jax.lax import lgamma, polygamma
 from jaxtyping import Array, Float
 
 LOG_ROOT_2_PI = 0.5 * float(np.log(2 * np.pi))
-# A prediction this far below zero still explains a count of zero: solvers leave such errors.
-BELOW_ZERO, LEAST_MEAN = 1e-3, 1e-6
-# Round the corner of Laplace's density within this many scales, so that searches end in it. Where
-# an observation is predicted exactly, its log-density is half of this too small.
+# A mean this far below zero still predicts a count of zero: solvers make such errors.
+BELOW_ZERO = 1e-3
+# Floor of the mean of a count, which divides.
+LEAST_MEAN_COUNT = 1e-6
+# Round the corner of Laplace's density within this many scales, so that searches end in it. This
+# makes the log-density of an observation that is predicted exactly too small by half of this.
 CORNER = 1e-2
-# Step on this part of the parabola that touches a distance and lies above it: all of it is so steep
-# that steps between corners are small.
-FLATTER = 0.1
-# Means over the counts of a negative binomial: below this size a sum over so many, else by nodes.
-SMALL_SIZE, SUMMED, NODES = 3.0, 48, 6
+# Multiply the curvature of the parabola that touches the distance from above by this: with all of
+# it, steps between corners are small.
+FLATTENING = 0.1
+# The information about the size of a negative binomial is a mean over counts: below this size a sum
+# over the first of them, else a quadrature.
+SMALL_SIZE = 3.0
+# How many counts the sum takes.
+SUMMED_COUNTS = 48
+# How many nodes the quadrature has.
+QUADRATURE_NODES_OF_COUNTS = 6
 
 
 class Likelihood(eqx.Module):
     """`-log p(observed | predicted, noise) = half_deviance + saturated`, elementwise."""
 
     noise_rule = "known"
-    """Of `noise`: "estimated" from the residuals if it is left out, "needed", or "unused"."""
+    """What becomes of `noise` if it is left out: "estimated" from the residuals, "needed" (an
+    error), or "unused"."""
     values = "numbers"
-    """What is observed: "numbers", "positive" ones, or "counts"."""
+    """Which observations there may be: "numbers", "positive" ones, or "counts"."""
 
     def half_deviance(self, predicted: Array, observed: Array, noise: Any) -> Array:
-        """The part that vanishes where `predicted` is `observed`."""
+        """The term that is zero where `predicted` is `observed`."""
         raise NotImplementedError
 
     def saturated(self, observed: Array, noise: Any) -> Array:
-        """The rest, with all constants."""
+        """The term that does not depend on `predicted`, with all constants."""
         raise NotImplementedError
 
     def information(self, predicted: Array, noise: Any) -> tuple[Array, Array]:
-        """The Fisher information about `predicted`, and about `log(noise)`. They are orthogonal."""
+        """The Fisher information about `predicted`, and about `log(noise)`; there is none about
+        both."""
         raise NotImplementedError
 
     def curvature(self, predicted: Array, observed: Array, noise: Any) -> Array:
-        """The curvature in `predicted` that steps rely on."""
+        """The curvature by `predicted` that the search steps on."""
         del observed
         return self.information(predicted, noise)[0]
 
@@ -84,9 +93,9 @@ class Laplace(Likelihood):
     noise_rule = "needed"
 
     def half_deviance(self, predicted, observed, noise):
-        apart = jnp.abs(predicted - observed) / noise
-        near = jnp.minimum(apart, CORNER)  # Huber's function
-        return near**2 / (2 * CORNER) + apart - near
+        distance = jnp.abs(predicted - observed) / noise
+        inner = jnp.minimum(distance, CORNER)  # Huber's function
+        return inner**2 / (2 * CORNER) + distance - inner
 
     def saturated(self, observed, noise):
         return jnp.log(2 * noise) + CORNER / 2 + jnp.zeros_like(observed)
@@ -95,9 +104,9 @@ class Laplace(Likelihood):
         return 1 / noise**2 + jnp.zeros_like(predicted), jnp.ones_like(predicted)
 
     def curvature(self, predicted, observed, noise):
-        apart = jnp.abs(predicted - observed) / noise
-        far = FLATTER / jnp.maximum(apart, CORNER)
-        return jnp.where(apart < CORNER, 1 / CORNER, far) / noise**2
+        distance = jnp.abs(predicted - observed) / noise
+        outside = FLATTENING / jnp.maximum(distance, CORNER)
+        return jnp.where(distance < CORNER, 1 / CORNER, outside) / noise**2
 
 
 class Poisson(Likelihood):
@@ -118,7 +127,7 @@ class Poisson(Likelihood):
         )
 
     def information(self, predicted, noise):
-        return 1 / jnp.maximum(predicted, LEAST_MEAN), jnp.zeros_like(predicted)
+        return 1 / jnp.maximum(predicted, LEAST_MEAN_COUNT), jnp.zeros_like(predicted)
 
 
 class NegativeBinomial(Likelihood):
@@ -138,9 +147,9 @@ class NegativeBinomial(Likelihood):
         return of_size - ways - observed * jnp.log(_ratio(observed, observed + noise))
 
     def information(self, predicted, noise):
-        mean = jnp.maximum(predicted, LEAST_MEAN)
+        mean = jnp.maximum(predicted, LEAST_MEAN_COUNT)
         k = noise + jnp.zeros_like(mean)
-        return 1 / (mean + mean**2 / k), k**2 * _of_size(mean, k)
+        return 1 / (mean + mean**2 / k), k**2 * _information_of_size(mean, k)
 
 
 LIKELIHOODS: dict[str, Likelihood] = {
@@ -153,8 +162,9 @@ LIKELIHOODS: dict[str, Likelihood] = {
 
 
 def _mean_of_count(predicted: Array, observed: Array) -> Array:
+    """The prediction, raised to the floor if it is about zero and nothing was counted."""
     nothing = (observed == 0) & (predicted > -BELOW_ZERO)
-    return jnp.where(nothing, jnp.maximum(predicted, LEAST_MEAN), predicted)
+    return jnp.where(nothing, jnp.maximum(predicted, LEAST_MEAN_COUNT), predicted)
 
 
 def _ratio(observed: Array, mean: Array) -> Array:
@@ -167,32 +177,32 @@ def _trigamma(x: Array) -> Array:
 
 
 @jnp.vectorize
-def _of_size(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
+def _information_of_size(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
     """The Fisher information about the size of a negative binomial."""
-    small = _apart_by_sum(mean, jnp.minimum(k, SMALL_SIZE))
-    large = _apart_by_quadrature(mean, jnp.maximum(k, SMALL_SIZE))
+    small = _mean_by_sum(mean, jnp.minimum(k, SMALL_SIZE))
+    large = _mean_by_quadrature(mean, jnp.maximum(k, SMALL_SIZE))
     return jnp.maximum(jnp.where(k < SMALL_SIZE, small, large) - mean / (k * (k + mean)), 0.0)
 
 
-def _apart_by_quadrature(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
+def _mean_by_quadrature(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
     """The mean of `trigamma(k) - trigamma(k + count)`, by Gauss's quadrature, whose nodes are the
     eigenvalues of the Jacobi matrix of Meixner's polynomials (Golub and Welsch 1969)."""
-    n, part = jnp.arange(NODES, dtype=mean.dtype), mean / k
+    n, part = jnp.arange(QUADRATURE_NODES_OF_COUNTS, dtype=mean.dtype), mean / k
     beside = jnp.sqrt(n[1:] * (n[1:] - 1 + k) * part * (1 + part))
     middle = jnp.diag(mean + n * (1 + 2 * part))
     counts, vectors = jnp.linalg.eigh(middle + jnp.diag(beside, 1) + jnp.diag(beside, -1))
-    apart = _trigamma(k) - _trigamma(k + jnp.maximum(counts, 0.0))
-    return jnp.sum(vectors[0] ** 2 * apart)
+    differences = _trigamma(k) - _trigamma(k + jnp.maximum(counts, 0.0))
+    return jnp.sum(vectors[0] ** 2 * differences)
 
 
-def _apart_by_sum(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
-    """The same by a sum over small counts, and the others at their mean: far from `k`, it hardly
-    matters where they are."""
-    counts, part = jnp.arange(SUMMED, dtype=mean.dtype), mean / (k + mean)
+def _mean_by_sum(mean: Float[Array, ""], k: Float[Array, ""]) -> Float[Array, ""]:
+    """The same mean by a sum over small counts. Larger ones count at their mean: the function is
+    almost flat there."""
+    counts, part = jnp.arange(SUMMED_COUNTS, dtype=mean.dtype), mean / (k + mean)
     ways = lgamma(counts + k) - lgamma(k) - lgamma(counts + 1)
     chance = jnp.exp(ways + k * jnp.log1p(-part) + counts * jnp.log(part))
     more = jnp.maximum(1 - chance.sum(), 0.0)
-    total = jnp.maximum(mean - (counts * chance).sum(), more * SUMMED)
-    middle = jnp.where(more > 0, total, SUMMED) / jnp.where(more > 0, more, 1.0)
-    near = (chance * (_trigamma(k) - _trigamma(k + counts))).sum()
-    return near + more * (_trigamma(k) - _trigamma(k + middle))
+    total = jnp.maximum(mean - (counts * chance).sum(), more * SUMMED_COUNTS)
+    middle = jnp.where(more > 0, total, SUMMED_COUNTS) / jnp.where(more > 0, more, 1.0)
+    small = (chance * (_trigamma(k) - _trigamma(k + counts))).sum()
+    return small + more * (_trigamma(k) - _trigamma(k + middle))

@@ -24,16 +24,16 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import check_observed_times
-from jaxode.estimation.observed.bounds import boxed
+from jaxode.estimation.observed.bounds import Bounds, checked_bounds
 from jaxode.estimation.observed.likelihoods import LIKELIHOODS, Likelihood, LogNormal
 from jaxode.estimation.observed.observed_system import ObservedODE, needs_row, of_rows
-from jaxode.estimation.observed.tolerances import spreads, with_atol
-from jaxode.estimation.search.levenberg_marquardt import PARAMETER_TOLERANCE, Box
+from jaxode.estimation.observed.tolerances import PARAMETER_TOLERANCE, spreads, with_atol
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
 
-CALLS = {  # arguments of a user's functions, and others that they may take
+# How a user's functions are called, and in which other ways they may be.
+SIGNATURES = {
     "observe": ("t, y, params",),
     "residual": ("predicted, observed", "predicted, observed, params"),
     "likelihood": ("predicted, observed, params",),
@@ -43,7 +43,7 @@ CALLS = {  # arguments of a user's functions, and others that they may take
 }
 
 
-class Given(NamedTuple):
+class EstimateArguments(NamedTuple):
     """The arguments of `estimate`, as the user passed them."""
 
     f: Any
@@ -64,41 +64,43 @@ class Given(NamedTuple):
     """Options of `solve`."""
 
 
-def posed(given: Given) -> tuple[ObservedODE, Float[Array, "starts n"], Box]:
+def posed(
+    arguments: EstimateArguments,
+) -> tuple[ObservedODE, Float[Array, "starts n"], Bounds]:
     """The checked problem, the starts as vectors, and their bounds."""
-    _check_functions(given)
-    starts = _starts(given.starts)
+    _check_functions(arguments)
+    starts = _starts(arguments.starts)
     flats = jax.vmap(lambda tree: ravel_pytree(tree)[0])(starts)
     dtype, template = flats.dtype, jax.tree.map(lambda leaf: leaf[0], starts)
-    ts, ys, t0 = _observations(given, dtype)
-    likelihood = _likelihood(given, ys)
-    box = boxed(given.bounds, template, flats)
-    noise = _noise(given, likelihood, ys, int(box.free.sum()))
-    args = as_data(given.args, (t0, jnp.max(ts)))
-    y0, row_args = _experiments(given, template, args, ts, ys, t0)
+    ts, ys, t0 = _observations(arguments, dtype)
+    likelihood = _likelihood(arguments, ys)
+    bounds = checked_bounds(arguments.bounds, template, flats)
+    noise = _noise(arguments, likelihood, ys, int(bounds.movable.sum()))
+    args = as_data(arguments.args, (t0, jnp.max(ts)))
+    y0, row_args = _experiments(arguments, template, args, ts, ys, t0)
     problem = ObservedODE(
-        f=given.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=given.observe,
-        likelihood=likelihood, residual=given.residual, noise=noise,
-        estimated=given.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
-        prior=given.prior, args=args, row_args=row_args,
-        options={"rtol": max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6), **given.options},
+        f=arguments.f, y0=y0, t0=t0, ts=ts, ys=ys, template=template, observe=arguments.observe,
+        likelihood=likelihood, residual=arguments.residual, noise=noise,
+        estimated=arguments.noise is None and getattr(likelihood, "noise_rule", "") == "estimated",
+        prior=arguments.prior, args=args, row_args=row_args,
+        options={"rtol": max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6), **arguments.options},
     )  # fmt: skip
     _check_shapes(problem)
-    return problem if "atol" in given.options else with_atol(problem, flats), flats, box
+    return problem if "atol" in arguments.options else with_atol(problem, flats), flats, bounds
 
 
-def _check_functions(given: Given) -> None:
+def _check_functions(arguments: EstimateArguments) -> None:
     """Raise for functions that cannot be called as they will be."""
-    check_field("f", given.f, "f(t, y, params)")
-    if given.likelihood is not None and not callable(given.likelihood):
-        one_of("likelihood", given.likelihood, tuple(LIKELIHOODS))
+    check_field("f", arguments.f, "f(t, y, params)")
+    if arguments.likelihood is not None and not callable(arguments.likelihood):
+        one_of("likelihood", arguments.likelihood, tuple(LIKELIHOODS))
     for name in ("observe", "residual", "prior"):
-        if getattr(given, name) is not None:
-            _check_function(name, getattr(given, name))
+        if getattr(arguments, name) is not None:
+            _check_function(name, getattr(arguments, name))
     for name in ("y0", "likelihood", "noise"):
-        if callable(getattr(given, name)):
-            _check_function(name, getattr(given, name), given.row_args is not None)
-    check_jumps(given.options.get("jumps"))
+        if callable(getattr(arguments, name)):
+            _check_function(name, getattr(arguments, name), arguments.row_args is not None)
+    check_jumps(arguments.options.get("jumps"))
 
 
 def as_data(args: Any, span: tuple[Array, Array]) -> PyTree:
@@ -111,13 +113,15 @@ def as_data(args: Any, span: tuple[Array, Array]) -> PyTree:
     return jax.tree.map(as_array, check_args("args", args))
 
 
-def _experiments(given: Given, template: PyTree, args: PyTree, ts: Array, ys: Array, t0: Array):
-    """The state at the start, or its function, and the arguments of each experiment."""
-    y0, row_args = given.y0, given.row_args
+def _experiments(
+    arguments: EstimateArguments, template: PyTree, args: PyTree, ts: Array, ys: Array, t0: Array
+):
+    """The initial state or the function that returns it, and the arguments of each experiment."""
+    y0, row_args = arguments.y0, arguments.row_args
     if ts.ndim == 2 and row_args is not None:
         row_args = check_rows("row_args", row_args, len(ts))
-    both = template if args is None else (template, args)
-    state = check_state("y0", of_rows(y0, both, row_args) if callable(y0) else y0)
+    params = template if args is None else (template, args)
+    state = check_state("y0", of_rows(y0, params, row_args) if callable(y0) else y0)
     if ts.ndim == 2:
         check_rows("y0", state, len(ts))
     elif row_args is not None:
@@ -125,7 +129,7 @@ def _experiments(given: Given, template: PyTree, args: PyTree, ts: Array, ys: Ar
             f"{arg('row_args')} are of several experiments; got ts of one. Pass ts [rows, times]."
         )
     check_knots("row_args", row_args, (t0, ts[..., -1]))
-    if given.observe is None:
+    if arguments.observe is None:
         _check_whole(state, ts, ys)
     if not callable(y0):
         y0 = jax.tree.map(lambda leaf: leaf.astype(ts.dtype), state)
@@ -136,10 +140,10 @@ def _check_function(name: str, function: Any, rows: bool = True) -> None:
     """Raise unless it takes what it will be called with."""
     if not callable(function):
         raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
-    calls = [call for call in CALLS[name] if rows or "row" not in call]
+    calls = [call for call in SIGNATURES[name] if rows or "row" not in call]
     if not any(takes(function, *call.split(", ")) for call in calls):
-        said = ", or ".join(f"({call})" for call in CALLS[name])
-        said += " with row_args" if "row" in CALLS[name][-1] else ""
+        said = ", or ".join(f"({call})" for call in SIGNATURES[name])
+        said += " with row_args" if "row" in SIGNATURES[name][-1] else ""
         raise TypeError(
             f"{arg(name)} must be a function {said}; got one of {inspect.signature(function)}."
         )
@@ -149,9 +153,10 @@ def _check_shapes(problem: ObservedODE) -> None:
     """Raise unless predictions and residuals are like observations: others would broadcast."""
     shape = problem.ys.shape
     if problem.observe is not None:
-        found = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
-        if getattr(found, "shape", None) != shape:
-            got = described(found) if not hasattr(found, "shape") else f"shape {found.shape}"
+        returned = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
+        if getattr(returned, "shape", None) != shape:
+            has_shape = hasattr(returned, "shape")
+            got = f"shape {returned.shape}" if has_shape else described(returned)
             raise ValueError(
                 f"{arg('observe')} must return one observation, so that together they are like "
                 f"ys, {shape}; got {got}."
@@ -164,14 +169,14 @@ def _check_shapes(problem: ObservedODE) -> None:
     if problem.likelihood is not None:
         name, returns = "likelihood", "log-densities"
 
-    def of(predicted, observed, params):
+    def call(predicted, observed, params):
         if problem.likelihood is not None:
-            return problem.likelihood(predicted, observed, problem.given(params))
+            return problem.likelihood(predicted, observed, problem.with_args(params))
         return problem.residuals(predicted, observed, params=params)
 
-    found = jax.eval_shape(of, problem.ys, problem.ys, problem.template)
-    if getattr(found, "shape", None) != shape:
-        raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {found}.")
+    returned = jax.eval_shape(call, problem.ys, problem.ys, problem.template)
+    if getattr(returned, "shape", None) != shape:
+        raise ValueError(f"{arg(name)} must return {returns} like ys, {shape}; got {returned}.")
 
 
 def _starts(starts: Any) -> PyTree[Array]:
@@ -193,11 +198,11 @@ def _starts(starts: Any) -> PyTree[Array]:
     return starts
 
 
-def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
-    """Their times, the values, and the time of the start."""
-    check_number("t0", given.t0, TIME, kind="time")
-    exact, values = numbers("ts", given.ts), numbers("ys", given.ys)
-    ts, ys, t0 = (floating(x).astype(dtype) for x in (exact, values, given.t0))
+def _observations(arguments: EstimateArguments, dtype: Any) -> tuple[Array, Array, Array]:
+    """The times and values of the observations, and the initial time."""
+    check_number("t0", arguments.t0, TIME, kind="time")
+    exact, values = numbers("ts", arguments.ts), numbers("ys", arguments.ys)
+    ts, ys, t0 = (floating(x).astype(dtype) for x in (exact, values, arguments.t0))
     if ts.ndim not in (1, 2) or ys.shape[: ts.ndim] != ts.shape or not ts.size:
         raise ValueError(
             f"{arg('ys')} must be [times, ...] for ts [times], or [rows, times, ...] for ts "
@@ -210,18 +215,18 @@ def _observations(given: Given, dtype: Any) -> tuple[Array, Array, Array]:
 
 def check_observed(ys: Array) -> None:
     """Raise unless observations are finite, or NaN where one is missing."""
-    found = np.asarray(ys)  # which compiles nothing
-    if np.isinf(found).any():
+    values = np.asarray(ys)  # compiles nothing
+    if np.isinf(values).any():
         raise ValueError(f"{arg('ys')} must be finite, or NaN where missing; got infinity.")
-    if np.isnan(found).all():
+    if np.isnan(values).all():
         raise ValueError(f"{arg('ys')} must hold an observation; got NaN alone.")
 
 
 def check_times(exact: Any, ts: Array, t0: Array) -> None:
-    """Raise unless times, and what they were before they were rounded, are in order after `t0`."""
+    """Raise unless times are in order after `t0`, also the `exact` ones before rounding."""
     check_finite({"ts": ts})
     check_observed_times(float(t0), exact, ts.dtype)
-    times = np.asarray(ts)  # which compiles nothing
+    times = np.asarray(ts)  # compiles nothing
     if (np.diff(times, axis=-1) < 0).any():
         raise ValueError(f"{arg('ts')} must be in order. Sort them, and ys with them.")
     if (times[..., 0] < np.asarray(t0)).any():
@@ -231,50 +236,50 @@ def check_times(exact: Any, ts: Array, t0: Array) -> None:
         )
 
 
-def _likelihood(given: Given, ys: Array) -> Any:
-    """The likelihood that is known by name, the user's own, or None with a residual."""
-    name = given.likelihood
-    if given.residual is not None:
+def _likelihood(arguments: EstimateArguments, ys: Array) -> Any:
+    """A `Likelihood` by its name, the user's own function, or None with a residual."""
+    name = arguments.likelihood
+    if arguments.residual is not None:
         if name is not None:
             raise ValueError(f"{arg('likelihood')} is not used with residual. Leave one out.")
         return None
     if callable(name):
         return name
-    found = LIKELIHOODS["normal" if name is None else name]
+    likelihood = LIKELIHOODS["normal" if name is None else name]
     values = np.asarray(ys)
-    if found.values == "counts":
+    if likelihood.values == "counts":
         wrong, rule = (values < 0) | (values != np.round(values)), "counts: whole, from zero"
-    elif found.values == "positive":
+    elif likelihood.values == "positive":
         wrong, rule = values <= 0, "positive"
     else:
-        return found
+        return likelihood
     if (wrong := wrong & ~np.isnan(values)).any():
         at = tuple(map(int, np.argwhere(wrong)[0]))
         raise ValueError(
             f"{arg('ys')} must be {rule}, for likelihood={name!r}; got ys{list(at)} = "
             f"{values[at]:g}. Pass NaN where one is missing, or another likelihood."
         )
-    return found
+    return likelihood
 
 
-def _noise(given: Given, likelihood: Any, ys: Array, count: int) -> Any:
-    """The noise as given, checked; else the spread of `ys`, since the search has absolute
-    tolerances."""
-    noise, used = given.noise, int((~np.isnan(np.asarray(ys))).sum())
+def _noise(arguments: EstimateArguments, likelihood: Any, ys: Array, count: int) -> Any:
+    """The user's noise, checked; else the spread of `ys`, as a unit for the absolute tolerances of
+    the search."""
+    noise, used = arguments.noise, int((~np.isnan(np.asarray(ys))).sum())
     rule = getattr(likelihood, "noise_rule", "unused")
     if noise is not None and rule == "unused":
-        what = "residual" if likelihood is None else f"likelihood={given.likelihood!r}"
-        what = "a likelihood of your own" if callable(given.likelihood) else what
-        raise ValueError(f"{arg('noise')} is not used with {what}. Leave one out.")
+        other = "residual" if likelihood is None else f"likelihood={arguments.likelihood!r}"
+        other = "a likelihood of your own" if callable(arguments.likelihood) else other
+        raise ValueError(f"{arg('noise')} is not used with {other}. Leave one out.")
     if noise is None and rule == "needed":
         raise ValueError(
-            f"{arg('noise')} is needed for likelihood={given.likelihood!r}. Pass numbers, or a "
+            f"{arg('noise')} is needed for likelihood={arguments.likelihood!r}. Pass numbers, or a "
             "function of the parameters to estimate it: noise=lambda params: params['k']."
         )
     if noise is None and rule == "unused":
         return jnp.asarray(1.0, ys.dtype)
     if noise is None:
-        if given.prior is not None:
+        if arguments.prior is not None:
             raise ValueError(f"{arg('prior')} is weighed against the noise. Pass noise, too.")
         if used <= count:
             raise ValueError(
@@ -283,19 +288,20 @@ def _noise(given: Given, likelihood: Any, ys: Array, count: int) -> Any:
             )
         values = np.asarray(ys, float)
         values = np.log(values) if isinstance(likelihood, LogNormal) else values
-        return jnp.asarray(spreads(values, jnp.ndim(given.ts) - 1) or 1.0, ys.dtype)
+        return jnp.asarray(spreads(values, jnp.ndim(arguments.ts) - 1) or 1.0, ys.dtype)
     return noise if callable(noise) else _noise_numbers(noise, ys)
 
 
 def _noise_numbers(noise: Any, ys: Array) -> Array:
-    found = floating(numbers("noise", noise)).astype(ys.dtype)
-    if not bool(((found > 0) & jnp.isfinite(found)).all()):
+    """The user's noise as an array."""
+    array = floating(numbers("noise", noise)).astype(ys.dtype)
+    if not bool(((array > 0) & jnp.isfinite(array)).all()):
         raise ValueError(f"{arg('noise')} must be positive and finite; got {noise}.")
-    if not broadcasts(found.shape, ys.shape):
+    if not broadcasts(array.shape, ys.shape):
         raise ValueError(
-            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {found.shape}."
+            f"{arg('noise')} must broadcast to ys, {ys.shape}; got shape {array.shape}."
         )
-    return found
+    return array
 
 
 def _check_noise_shape(problem: ObservedODE) -> None:
@@ -304,15 +310,17 @@ def _check_noise_shape(problem: ObservedODE) -> None:
     rows = problem.row_args
     by_row = rows is not None and needs_row(noise)
     row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
-    found = jax.eval_shape(noise, problem.given(problem.template), *row)
-    one = problem.ys.shape[problem.ts.ndim :]
-    if not broadcasts(getattr(found, "shape", (-1,)), one):
+    returned = jax.eval_shape(noise, problem.with_args(problem.template), *row)
+    shape = problem.ys.shape[problem.ts.ndim :]
+    if not broadcasts(getattr(returned, "shape", (-1,)), shape):
         raise ValueError(
-            f"{arg('noise')} must return what broadcasts with an observation, {one}; got {found}."
+            f"{arg('noise')} must return what broadcasts with an observation, {shape}; got "
+            f"{returned}."
         )
 
 
 def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
+    """Raise unless observations are states, without `observe`."""
     if not isinstance(state, jax.Array):
         raise ValueError(f"{arg('y0')} must be one array without observe. Pass it.")
     whole = (*ts.shape, *state.shape[ts.ndim - 1 :])

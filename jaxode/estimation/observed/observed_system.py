@@ -1,4 +1,4 @@
-"""An ODE with unknown parameters, and what is known of its observations."""
+"""An ODE with unknown parameters, and its observations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +36,7 @@ class ObservedODE(eqx.Module):
     noise: Any
     """An array or a function, as given; else the spread of `ys`."""
     estimated: bool
-    """Whether the residuals say the noise."""
+    """Whether the noise is estimated from the residuals."""
     prior: Callable[[PyTree], PyTree] | None
     args: PyTree
     """Data that the functions get together with the parameters, or None."""
@@ -58,18 +58,18 @@ class ObservedODE(eqx.Module):
         """The parameters."""
         return ravel_pytree(self.template)[1](flat)
 
-    def given(self, params: PyTree) -> PyTree:
-        """The parameters as a user's function gets them: with `args`, the pair."""
+    def with_args(self, params: PyTree) -> PyTree:
+        """The argument `params` of a user's function: with `args`, the pair `(params, args)`."""
         return params if self.args is None else (params, self.args)
 
     def start(self, params: PyTree) -> PyTree:
         """The state at `t0`."""
         if not callable(self.y0):
             return self.y0
-        return of_rows(self.y0, self.given(params), self.row_args)
+        return of_rows(self.y0, self.with_args(params), self.row_args)
 
     def states(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> PyTree:
-        """The states up to `end`, held constant from there on."""
+        """The states at the times of the observations, those after `end` as at `end`."""
         ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
         options = self.options
         if (jumps := options.get("jumps")) is not None:  # those after the end are padding
@@ -77,72 +77,74 @@ class ObservedODE(eqx.Module):
             times = jnp.where(times > ts[..., -1:], jnp.inf, times)
             options = {**options, "jumps": Jumps(times, jumps.change)}
         return solve(
-            self.f, self.start(params), self.t0, ts[..., -1], self.given(params), ts=ts,
+            self.f, self.start(params), self.t0, ts[..., -1], self.with_args(params), ts=ts,
             batch=batch, row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
         ).ys  # fmt: skip
 
     def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
-        """Predict the observations up to `end`, and hold them constant from there on."""
-        ys, observe, given = self.states(params, end, throw), self.observe, self.given(params)
+        """Predict the observations, those after `end` as at `end`."""
+        ys, observe, params = self.states(params, end, throw), self.observe, self.with_args(params)
         if observe is None:
             return ys
         ts = jnp.minimum(self.ts, end)
 
-        def seen(t, y, row):
-            return call_field(observe, t, y, given, "observe", "what is observed", row=row)
+        def observed(t, y, row):
+            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
 
-        each = jax.vmap(seen, (0, 0, None))
-        return each(ts, ys, None) if ts.ndim == 1 else jax.vmap(each)(ts, ys, self.row_args)
+        at_times = jax.vmap(observed, (0, 0, None))
+        if ts.ndim == 1:
+            return at_times(ts, ys, None)
+        return jax.vmap(at_times)(ts, ys, self.row_args)
 
     def noise_at(self, params: PyTree) -> Float[Array, "..."]:
         """The noise of each observation."""
         noise: Any = self.noise
         if not callable(noise):
             return jnp.broadcast_to(noise, self.ys.shape)
-        params = self.given(params)
+        params = self.with_args(params)
         if self.row_args is None or not needs_row(noise):
             return jnp.broadcast_to(jnp.asarray(noise(params)), self.ys.shape)
 
-        def each(row):
+        def of_row(row):
             return jnp.broadcast_to(jnp.asarray(noise(params, row)), self.ys.shape[1:])
 
-        return jax.vmap(each)(self.row_args)
+        return jax.vmap(of_row)(self.row_args)
 
     def nll_of_each(self, predicted: Array, params: PyTree) -> Array:
         """Minus the log-density of each observation; with `residual`, up to a constant."""
         if self.likelihood is None:
             return 0.5 * self.residuals(predicted, self.ys, params) ** 2
         if not isinstance(self.likelihood, Likelihood):
-            return -self.likelihood(predicted, self.ys, self.given(params))
+            return -self.likelihood(predicted, self.ys, self.with_args(params))
         noise = self.noise_at(params)
-        apart = self.likelihood.half_deviance(predicted, self.ys, noise)
-        return apart + self.likelihood.saturated(self.ys, noise)
+        misfit = self.likelihood.half_deviance(predicted, self.ys, noise)
+        return misfit + self.likelihood.saturated(self.ys, noise)
 
     def residuals(self, predicted: Array, observed: Array, params: PyTree) -> Array:
         """The user's residuals."""
-        more = () if takes(self.residual, "predicted", "observed") else (self.given(params),)
+        more = () if takes(self.residual, "predicted", "observed") else (self.with_args(params),)
         return self.residual(predicted, observed, *more)
 
-    def seen(self, end: Float[Array, ""]) -> Bool[Array, "..."]:
+    def mask(self, end: Float[Array, ""]) -> Bool[Array, "..."]:
         """Mark the observations up to `end` that are not missing."""
-        seen = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
-        return seen & ~jnp.isnan(self.ys)
+        early = (self.ts <= end).reshape(self.ts.shape + (1,) * (self.ys.ndim - self.ts.ndim))
+        return early & ~jnp.isnan(self.ys)
 
     def prior_residuals(self, params: PyTree) -> Float[Array, " k"]:
         """Residuals of the parameters."""
         if self.prior is None:
             return jnp.zeros(0, self.ts.dtype)
-        found = jax.tree.leaves(self.prior(self.given(params)))
-        return jnp.concatenate([jnp.ravel(leaf) for leaf in found])
+        leaves = jax.tree.leaves(self.prior(self.with_args(params)))
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
 
-def of_rows(function: Callable[..., PyTree], given: PyTree, rows: PyTree) -> PyTree:
-    """`function(params)`, or `function(params, row)` of each row if it needs that."""
+def of_rows(function: Callable[..., PyTree], params: PyTree, rows: PyTree) -> PyTree:
+    """`function(params)`, or `function(params, row)` of each row if it needs the row."""
     if rows is None or not needs_row(function):
-        return function(given)
-    return jax.vmap(lambda row: function(given, row))(rows)
+        return function(params)
+    return jax.vmap(lambda row: function(params, row))(rows)
 
 
 def needs_row(function: Callable[..., Any]) -> bool:
-    """Whether a function of `(params, row)` cannot do without the row. A default of it stays."""
+    """Whether a function needs a second argument. One with a default is not passed."""
     return not takes(function, "params")

@@ -9,11 +9,12 @@ from typing import Any
 from jaxode._checks.arguments import check_bool, integer, non_negative
 from jaxode.training.display import finish, show
 
-MOST_STEPS = 200  # on all observations, at most
+# The default of `steps`, the largest number of steps on all observations.
+MOST_STEPS = 200
 
 
 class Budget:
-    """Steps and seconds that are left. Ctrl-C ends both."""
+    """The steps and seconds that a search may take. Ctrl-C ends it."""
 
     def __init__(self, seconds: Any, steps: Any, progress: Any):
         check_bool("progress", progress)
@@ -29,7 +30,7 @@ class Budget:
 
     @contextlib.contextmanager
     def until_stopped(self) -> Iterator[None]:
-        """Note Ctrl-C in place of raising it, but for a second one."""
+        """Note Ctrl-C instead of raising it. A second one raises."""
         try:
             yield
         except KeyboardInterrupt:
@@ -37,20 +38,20 @@ class Budget:
                 raise
             self.stopped = True
 
-    def show(self, part: str, done: int, count: int, best: float) -> None:
-        """Write a line about the search."""
+    def show(self, label: str, done: int, count: int, best: float) -> None:
+        """Write a progress line, in place of the last one."""
         if self.progress:
             spent = time.monotonic() - self.began
             left = "" if self.seconds == math.inf else f" of {self.seconds:g}"
-            show(f"{part}: {done} of {count} starts, best cost {best:.6g}, {spent:.0f}{left} s")
+            show(f"{label}: {done} of {count} starts, best cost {best:.6g}, {spent:.0f}{left} s")
 
     def finish(self) -> None:
-        """End the last line."""
+        """End the progress line."""
         if self.progress:
             finish()
 
     def describe(self) -> str:
-        """When the search ended without convergence."""
+        """Say why the search ended without convergence."""
         if not self.over:
             return f"did not converge in {self.steps} steps"
         by = "Ctrl-C" if self.stopped else f"seconds={self.seconds:g}"

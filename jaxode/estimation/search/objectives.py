@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 from jaxode.estimation.observed.likelihoods import Likelihood
 from jaxode.estimation.observed.observed_system import ObservedODE
 
-LEAST_INFORMATION = 1e-8  # of an observation about log(noise), which divides
-LEAST_CURVATURE = 1e-10  # of a user's log-density, as a part of the largest
+# Floor of the information of one observation about log(noise), by which gradients are divided.
+LEAST_NOISE_INFORMATION = 1e-8
+# Floor of the eigenvalues of the Hessian of a user's log-density, as a part of the largest one.
+LEAST_CURVATURE = 1e-10
 
 
-class Local(NamedTuple):
+class LocalModel(NamedTuple):
     """An objective near a point: about `cost + r @ J @ d + |J @ d|**2 / 2` after a step `d`."""
 
     cost: Float[Array, ""]
@@ -23,10 +25,10 @@ class Local(NamedTuple):
 
 
 class Objective(eqx.Module):
-    """Half a sum of squares, or what can be stepped on as if it were one."""
+    """Half a sum of squares, or a cost that looks like one near a point."""
 
-    least_mean = 0.0
-    """The least mean of half squared residuals, where it stands for their size."""
+    mean_floor = 0.0
+    """Floor of the mean squared residual (half of it) when it scales `hold`."""
 
     @property
     def count(self) -> int:
@@ -34,15 +36,15 @@ class Objective(eqx.Module):
         raise NotImplementedError
 
     def quantities(self, flat: Float[Array, " n"], start: Float[Array, " n"]) -> Array:
-        """What depends on the parameters `flat` through a solve. The search linearizes it."""
+        """The numbers that need a solve with the parameters `flat`. The search linearizes them."""
         raise NotImplementedError
 
     def local(
         self, flat: Array, start: Array, quantities: Float[Array, " m"], jacobian: Array
-    ) -> Local:
+    ) -> LocalModel:
         """The objective near `flat`, from its quantities and their Jacobian."""
         del flat, start
-        return Local(0.5 * jnp.sum(quantities**2), quantities, jacobian)
+        return LocalModel(0.5 * jnp.sum(quantities**2), quantities, jacobian)
 
     def information(self, flat: Array, start: Array, quantities: Array, jacobian: Array) -> Array:
         """A root `[m, n]` of the Fisher information about the parameters."""
@@ -56,8 +58,8 @@ class OfObservations(Objective):
     end: Float[Array, ""]
 
     @property
-    def least_mean(self) -> float:
-        # The squares of a density may vanish, as if residuals were one.
+    def mean_floor(self) -> float:
+        # The squares of a density may vanish at a start. Scale as if residuals were one.
         return 0.5 if self.problem.is_density else 0.0
 
     @property
@@ -74,18 +76,18 @@ class OfObservations(Objective):
 
 
 class OfResidual(OfObservations):
-    """A user's residuals."""
+    """Squares of a user's residuals."""
 
     def quantities(self, flat, start):
         params, problem = self.problem.unravel(flat), self.problem
-        predicted, seen = problem.predicted(params, self.end), problem.seen(self.end)
-        ys = jnp.where(seen, problem.ys, jax.lax.stop_gradient(predicted))
-        apart = jnp.where(seen, problem.residuals(predicted, ys, params), 0.0)
-        return jnp.concatenate([apart.ravel(), problem.prior_residuals(params)])
+        predicted, mask = problem.predicted(params, self.end), problem.mask(self.end)
+        ys = jnp.where(mask, problem.ys, jax.lax.stop_gradient(predicted))
+        residuals = jnp.where(mask, problem.residuals(predicted, ys, params), 0.0)
+        return jnp.concatenate([residuals.ravel(), problem.prior_residuals(params)])
 
 
 class OfLikelihood(OfObservations):
-    """A likelihood that is known by name: steps by its Fisher information (Fisher scoring)."""
+    """A likelihood of `LIKELIHOODS`: steps by its Fisher information (Fisher scoring)."""
 
     @property
     def count(self) -> int:
@@ -93,30 +95,31 @@ class OfLikelihood(OfObservations):
 
     def quantities(self, flat, start):
         params, problem = self.problem.unravel(flat), self.problem
-        found = [problem.predicted(params, self.end).ravel(), problem.prior_residuals(params)]
+        vectors = [problem.predicted(params, self.end).ravel(), problem.prior_residuals(params)]
         if callable(problem.noise):
             noise = problem.noise_at(self.noise_params(flat, start))
-            found.append(jnp.log(noise).ravel())
-        return jnp.concatenate(found)
+            vectors.append(jnp.log(noise).ravel())
+        return jnp.concatenate(vectors)
 
     def local(self, flat, start, quantities, jacobian):
         return self._weighed(quantities, jacobian, self.problem.likelihood.curvature)
 
     def information(self, flat, start, quantities, jacobian):
-        of = self.problem.likelihood
+        likelihood = self.problem.likelihood
 
         def fisher(predicted, _, noise):
-            return of.information(predicted, noise)[0]
+            return likelihood.information(predicted, noise)[0]
 
         return self._weighed(quantities, jacobian, fisher).jacobian
 
-    def _weighed(self, quantities: Array, jacobian: Array, curvature: Any) -> Local:
-        problem, of = self.problem, self.problem.likelihood
-        shape, size, seen = problem.ys.shape, problem.ys.size, problem.seen(self.end)
+    def _weighed(self, quantities: Array, jacobian: Array, curvature: Any) -> LocalModel:
+        """The model of steps on which predictions have this `curvature`."""
+        problem, likelihood = self.problem, self.problem.likelihood
+        shape, size, mask = problem.ys.shape, problem.ys.size, problem.mask(self.end)
         count = size if callable(problem.noise) else 0
         predicted, prior, log_noise = jnp.split(quantities, [size, len(quantities) - count])
-        predicted = jnp.where(seen, predicted.reshape(shape), 1.0)
-        ys = jnp.where(seen, problem.ys, 1.0)
+        predicted = jnp.where(mask, predicted.reshape(shape), 1.0)
+        ys = jnp.where(mask, problem.ys, 1.0)
 
         def noise_of(log_noise):
             if count:
@@ -125,24 +128,25 @@ class OfLikelihood(OfObservations):
 
         def nll(predicted, log_noise):
             noise = noise_of(log_noise)
-            each = of.half_deviance(predicted, ys, noise)
+            values = likelihood.half_deviance(predicted, ys, noise)
             if count:
-                each = each + of.saturated(ys, noise)
-            return jnp.sum(jnp.where(seen, each, 0.0))
+                values = values + likelihood.saturated(ys, noise)
+            return jnp.sum(jnp.where(mask, values, 0.0))
 
         cost, (down, down_noise) = jax.value_and_grad(nll, (0, 1))(predicted, log_noise)
         noise = noise_of(log_noise)
         root = jnp.sqrt(curvature(predicted, ys, noise))
-        residuals = [jnp.where(seen, down / root, 0.0).ravel(), prior]
-        weights = [jnp.where(seen, root, 0.0).ravel(), jnp.ones_like(prior)]
+        residuals = [jnp.where(mask, down / root, 0.0).ravel(), prior]
+        weights = [jnp.where(mask, root, 0.0).ravel(), jnp.ones_like(prior)]
         if count:
-            about = jnp.maximum(of.information(predicted, noise)[1], LEAST_INFORMATION)
-            root = jnp.where(seen, jnp.sqrt(about), 0.0).ravel()
+            about_noise = likelihood.information(predicted, noise)[1]
+            about_noise = jnp.maximum(about_noise, LEAST_NOISE_INFORMATION)
+            root = jnp.where(mask, jnp.sqrt(about_noise), 0.0).ravel()
             residuals.append(down_noise / jnp.where(root > 0, root, 1.0))
             weights.append(root)
         cost = cost + 0.5 * jnp.sum(prior**2)
         jacobian = jnp.concatenate(weights)[:, None] * jacobian
-        return Local(cost, jnp.concatenate(residuals), jacobian)
+        return LocalModel(cost, jnp.concatenate(residuals), jacobian)
 
 
 class OfDensity(OfObservations):
@@ -162,22 +166,23 @@ class OfDensity(OfObservations):
 
         return self._curved(flat, start, quantities, jacobian, positive).jacobian
 
-    def _curved(self, flat, start, quantities, jacobian, make_positive) -> Local:
-        problem, seen = self.problem, self.problem.seen(self.end)
+    def _curved(self, flat, start, quantities, jacobian, make_positive) -> LocalModel:
+        """The model of steps with the eigenvalues of the Hessian made positive."""
+        problem, mask = self.problem, self.problem.mask(self.end)
         size, shape = problem.ys.size, problem.ys.shape
         prior, unit = quantities[size:], jnp.maximum(jnp.abs(start), 1.0)
 
         def nll(step):
             predicted = (quantities[:size] + jacobian[:size] @ (unit * step)).reshape(shape)
             params = self.noise_params(flat + unit * step, start)
-            ys = jnp.where(seen, problem.ys, jax.lax.stop_gradient(predicted))
+            ys = jnp.where(mask, problem.ys, jax.lax.stop_gradient(predicted))
             return jnp.sum(
-                jnp.where(seen, -problem.likelihood(predicted, ys, problem.given(params)), 0.0)
+                jnp.where(mask, -problem.likelihood(predicted, ys, problem.with_args(params)), 0.0)
             )
 
-        here = jnp.zeros_like(flat)
-        cost, down = jax.value_and_grad(nll)(here)
-        hessian = jnp.nan_to_num(jax.hessian(nll)(here))
+        no_step = jnp.zeros_like(flat)
+        cost, down = jax.value_and_grad(nll)(no_step)
+        hessian = jnp.nan_to_num(jax.hessian(nll)(no_step))
         values, vectors = jnp.linalg.eigh(hessian)
         values = make_positive(values)
         largest = jnp.maximum(jnp.max(values), LEAST_CURVATURE)
@@ -186,7 +191,7 @@ class OfDensity(OfObservations):
         root = (vectors * roots[None]) @ vectors.T / unit[None]
         cost = cost + 0.5 * jnp.sum(prior**2)
         rows = jnp.concatenate([root, jacobian[size:]])
-        return Local(cost, jnp.concatenate([residuals, prior]), rows)
+        return LocalModel(cost, jnp.concatenate([residuals, prior]), rows)
 
 
 def of_observations(problem: ObservedODE, end: Float[Array, ""]) -> OfObservations:
