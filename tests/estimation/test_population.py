@@ -14,7 +14,12 @@ import jaxode
 from jaxode.estimation.populations import maximum
 from jaxode.estimation.populations.marginal import Evaluated, evaluated
 from jaxode.estimation.populations.maximum import Maximum, PopulationLikelihood, Total
-from jaxode.estimation.populations.population import _described, _doses, _Given, _posed
+from jaxode.estimation.populations.population import _described
+from jaxode.estimation.populations.population_arguments import (
+    PopulationArguments,
+    _doses,
+    posed_population,
+)
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -116,7 +121,9 @@ def test_tolerances_of_a_population_are_in_units_of_the_state(observe):
     none = dict.fromkeys(("noise", "args", "row_args"))
     given = {"start": {"slope": 1.0}, "vary": {"slope": 1.0}, "t0": 0.0, "correlated": False}
     shown, rest = ys if observe is None else ys[..., :1], {"observe": observe, "options": {}}
-    posed, _ = _posed(_Given(f, np.tile(sizes, (3, 1)), TS, shown, **given, **none, **rest))
+    posed, _ = posed_population(
+        PopulationArguments(f, np.tile(sizes, (3, 1)), TS, shown, **given, **none, **rest)
+    )
     expected = sizes * (np.std(1.0 + TS) if observe is None else 1.0)  # where it begins
     np.testing.assert_allclose(posed.options["atol"], 1e-6 * expected, rtol=1e-6)
 
@@ -179,7 +186,7 @@ DOSED_JUMPS = jaxode.Jumps(jnp.asarray(DOSES), given_again)
 
 def dosed(f=DECAY):
     rest = {"t0": 0.0, "observe": None, "correlated": False, "options": {"jumps": DOSED_JUMPS}}
-    return _posed(_Given(**DOSED | {"f": f}, **rest))
+    return posed_population(PopulationArguments(**DOSED | {"f": f}, **rest))
 
 
 def test_solves_of_subjects_and_their_slopes_are_those_of_the_closed_form():
@@ -357,10 +364,12 @@ def test_a_search_that_is_cut_short_says_where_to_start():
 def test_what_is_free_is_named_and_has_no_errors():
     none = dict.fromkeys(("observe", "noise", "args", "row_args"))
     given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, "t0": 0.0}
-    population, theta = _posed(_Given(LINE, begin, correlated=False, options={}, **given, **none))
+    population, theta = posed_population(
+        PopulationArguments(LINE, begin, correlated=False, options={}, **given, **none)
+    )
     free = np.array([False, True, False, True, False])
     covariance = np.where(free | free[:, None], np.nan, 0.04 * np.eye(5))
-    effects = SimpleNamespace(effects=RNG.normal(size=(10, 2)))
+    effects = RNG.normal(size=(10, 2))
     words = r"not determine \['slope'\], deviation of \['slope'\]: .* parameters vary.$"
     with pytest.warns(UserWarning, match=words):
         found = _described(population, Maximum(theta, 1.0, covariance, True, free), effects)
@@ -406,7 +415,9 @@ def test_noise_may_be_zero_where_an_observation_is_missing():
     given["start"] = {"level": 1.0, "slope": 0.5}
     found = []
     for ts, ys in (zero, (TS, LINES[..., None])):
-        population, theta = _posed(_Given(LINE, begin, ts, ys, noise=noise, **given))
+        population, theta = posed_population(
+            PopulationArguments(LINE, begin, ts, ys, noise=noise, **given)
+        )
         subject = jax.tree.map(lambda leaf: leaf[2], population.subjects)
         moments = lambda flat, at=(population, subject): at[0].moments(flat, at[1])
         nll = jax.jit(lambda z, at=(population, moments, theta, subject.ys): at[0].nll(
@@ -425,7 +436,7 @@ class Cliff(PopulationLikelihood):
         self.population = SimpleNamespace(with_positive_root=lambda theta: (theta, np.ones(0)))
         self.lost, self.tried, self.last = lost, [], []
 
-    def at(self, theta, parts=None):
+    def at(self, theta, chunks=None):
         self.tried.append(float(theta[0]))
         found = Total(0.5 * (theta - 1e6) ** 2, theta - 1e6, np.eye(1))
         if theta[0] <= 3000:
@@ -448,7 +459,7 @@ class Sample(Cliff):
         super().__init__(())
         self.count = count
 
-    def at(self, theta, parts=None):
+    def at(self, theta, chunks=None):
         self.tried.append(theta)
         (mean, log_noise), part = theta, np.exp(-2 * theta[1])
         square = part * (1 + mean**2)
@@ -473,7 +484,7 @@ def test_subjects_count_once_in_their_order(monkeypatch):
     ys = np.arange(101.0)[:, None, None] * np.ones((1, 6, 1))
     given = {"start": GUESS, "vary": SPREAD, "t0": 0.0, "correlated": False, "options": {}}
     none = dict.fromkeys(("observe", "noise", "args", "row_args"))
-    population, theta = _posed(_Given(LINE, begin, TS, ys, **given, **none))
+    population, theta = posed_population(PopulationArguments(LINE, begin, TS, ys, **given, **none))
 
     def each(part, theta, effects):
         number = np.asarray(part.subjects.ys)[:, 0, 0]
@@ -485,7 +496,7 @@ def test_subjects_count_once_in_their_order(monkeypatch):
 
     monkeypatch.setattr(maximum, "evaluated", each)
     likelihood = PopulationLikelihood(population, theta)
-    assert len(likelihood.parts) == 3
+    assert len(likelihood.chunks) == 3
     found = likelihood.at(theta)
     np.testing.assert_array_equal(found.values, np.arange(101.0))
     np.testing.assert_array_equal(found.scores, 101.0)
@@ -497,7 +508,7 @@ def test_subjects_count_once_in_their_order(monkeypatch):
 class Rounded(Cliff):
     """With a likelihood that looks worse by 2e-5 near its maximum."""
 
-    def at(self, theta, parts=None):
+    def at(self, theta, chunks=None):
         worse = 2e-5 * (abs(theta) < 1e-3)
         return Total(0.5 * theta**2 + worse, theta, np.eye(1))
 
@@ -515,7 +526,7 @@ class Bowl(Cliff):
         super().__init__(())
         self.hessian, self.least_units = np.asarray(hessian), sizes
 
-    def at(self, theta, parts=None):
+    def at(self, theta, chunks=None):
         values = 0.5 * theta @ self.hessian @ theta
         return Total(np.array([values]), self.hessian @ theta, self.hessian)
 
@@ -540,7 +551,7 @@ def test_errors_know_no_units(bowl):
     if not is_flat:
         covariance = found.covariance / np.outer(sizes, sizes)
         np.testing.assert_allclose(covariance, np.linalg.inv(root.T @ root), rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(found.free, [is_flat] * 3)
+    np.testing.assert_array_equal(found.undetermined, [is_flat] * 3)
 
 
 def absorbed(t, y, params):
@@ -588,7 +599,9 @@ def test_a_search_from_noise_that_is_far_too_small_ends_where_others_do(f, log_n
 def test_the_information_is_that_of_a_linear_mixed_model():
     none = dict.fromkeys(("observe", "noise", "args", "row_args"))
     given = {"ts": TS, "ys": LINES[..., None], "start": GUESS, "vary": SPREAD, "t0": 0.0}
-    population, theta = _posed(_Given(LINE, begin, correlated=True, options={}, **given, **none))
+    population, theta = posed_population(
+        PopulationArguments(LINE, begin, correlated=True, options={}, **given, **none)
+    )
     found = evaluated(population, jnp.asarray(theta), jnp.zeros((10, 2))).information
     root, noise = np.zeros((2, 2)), np.exp(theta[5])
     root[np.tril_indices(2)] = theta[2:5]

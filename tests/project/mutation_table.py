@@ -111,6 +111,7 @@ FIRST = {
         "tests/estimation/test_estimate.py",
     ),
     "estimation/populations/population": ("tests/estimation/test_population.py",),
+    "estimation/populations/population_arguments": ("tests/estimation/test_population.py",),
     "estimation/prediction": (
         "tests/estimation/test_reports.py",
         "tests/estimation/test_estimate.py",
@@ -493,7 +494,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The distance to a value is not made up for.
     ("estimation/profiles.py", "aims = aims - np.nan_to_num(distance)", "aims = aims"),
     # The gradient is as if the effects of a subject stayed.
-    ("estimation/populations/marginal.py", "by[:count] + down @ moves", "by[:count]"),
+    ("estimation/populations/marginal.py", "score[:count] + down @ moves",
+     "score[:count]"),
     # A start that was replaced counts where it was.
     ("estimation/search/levenberg_marquardt.py", "fits[start] = Fits(", "fits[row] = Fits("),
     ("estimation/search/levenberg_marquardt.py", "jnp.all(~search.cut & (", "jnp.all(("),
@@ -572,18 +574,19 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/populations/marginal.py",
      "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
     # A dose after the last observation of a subject comes at once.
-    ("estimation/populations/population.py",
+    ("estimation/populations/population_arguments.py",
      "(doses > times[:, -1:], jnp.inf", "(doses > times[:, -1:], 0.0"),
-    # Subjects that fill up a part of the population count twice.
-    ("estimation/populations/maximum.py", "np.asarray(found.scores)[: len(members)]",
-     "np.asarray(found.scores)"),
+    # Subjects that fill up a chunk of the population count twice.
+    ("estimation/populations/maximum.py", "np.asarray(result.scores)[: len(subjects)]",
+     "np.asarray(result.scores)"),
     # Likelihoods of subjects in another order than the subjects: messages name the wrong one.
     ("estimation/populations/maximum.py", "Total(np.concatenate(values)[order]",
      "Total(np.concatenate(values)"),
     # Steps of any length: a search from a noise that is far too small is lost.
     ("estimation/populations/maximum.py", "move * min(1.0, longest / length)", "move * 1.0"),
-    # Nothing is free: what observations do not determine gets an error.
-    ("estimation/populations/maximum.py", "free = hidden > PART *", "free = hidden > np.inf +"),
+    # Nothing is undetermined: what observations do not determine gets an error.
+    ("estimation/populations/maximum.py", "hidden > LIMITS.hidden_part *",
+     "hidden > np.inf +"),
     # The noise goes to zero where few observations can be fitted exactly.
     ("estimation/search/objectives.py", "jnp.where(whole, flat, start)", "flat"),
     # The prior does not count for a density of the user's own.
@@ -596,10 +599,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "np.max(sizes, axis=0)"),
     # A parameter of a population in a large unit is taken for one that nothing determines.
     ("estimation/populations/maximum.py",
-     "np.diag(hessian), LEAST / units**2)", "np.diag(hessian), LEAST)"),
+     "np.diag(hessian), LIMITS.least_information / units**2)",
+     "np.diag(hessian), LIMITS.least_information)"),
     # A deviation of zero is not told.
-    ("estimation/populations/population.py", "none = np.asarray(deviations) <= ZERO *",
-     "none = np.asarray(deviations) < 0 *"),
+    ("estimation/populations/population.py", "zero = deviations <= ZERO_DEVIATION *",
+     "zero = deviations < 0 *"),
     # Subjects are counted otherwise than by their deviation.
     ("estimation/populations/population.py",
      "@ directions.T, axis=0)", "@ directions.T, axis=0, ddof=1)"),

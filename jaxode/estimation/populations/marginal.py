@@ -18,15 +18,26 @@ from jaxode.ode.field import call_field
 from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
-EFFECT_STEPS, EFFECT_TOLERANCE = 50, 1e-5  # in standard deviations of the population
-LONGEST, LAST = 3.0, 1e-3  # standard deviations, of a step and of the last one
-ROUNDING = 1e-9  # of a likelihood, by which a step may make it worse
-DAMPING = 0.01  # at first
-LONGER, SHORTER = 0.2, 5.0  # factors of the damping
+# The largest number of steps of the search for the effects of a subject.
+EFFECT_STEPS = 50
+# It ends when the next step is below this, in standard deviations of the population.
+EFFECT_TOLERANCE = 1e-5
+# Cut its steps to this, in standard deviations of the population.
+LONGEST_EFFECT_STEP = 3.0
+# Leave out the last step of Newton's method if it is above this, in the same unit.
+LONGEST_LAST_STEP = 1e-3
+# Accept steps that raise the objective by less than this relative rounding.
+OBJECTIVE_ROUNDING = 1e-9
+# The damping at the start, as a part of the diagonal of the Hessian.
+FIRST_DAMPING = 0.01
+# Multiply the damping by this after a step that was accepted.
+DAMPING_CUT = 0.2
+# Multiply the damping by this after a step that was rejected.
+DAMPING_GROWTH = 5.0
 
 
 class Subject(NamedTuple):
-    """What one subject has for itself."""
+    """The data of one subject."""
 
     ts: Float[Array, " times"]
     ys: Float[Array, "times ..."]
@@ -34,8 +45,9 @@ class Subject(NamedTuple):
     y0: PyTree
     """The state at `t0`, or None if it is a function."""
     row: PyTree
-    """Of `row_args`, or None."""
+    """The subject's row of `row_args`, or None."""
     doses: Float[Array, " jumps"] | None
+    """The times of doses, or None."""
 
 
 class NLL(NamedTuple):
@@ -43,9 +55,9 @@ class NLL(NamedTuple):
 
     value: Float[Array, ""]
     gradient: Float[Array, " q"]
-    """By the effects."""
+    """The gradient by the effects."""
     hessian: Float[Array, "q q"]
-    """Expected."""
+    """The expected Hessian by the effects."""
 
 
 Moments = Callable[[Float[Array, " n"]], Float[Array, "2 times ..."]]
@@ -60,15 +72,18 @@ class Population(eqx.Module):
     observe: Any
     noise: Callable[[Array, PyTree], Array] | None
     change: Any
-    """Of the state, at doses."""
+    """How a dose changes the state."""
     places: Int[Array, " q"]
-    """Of the parameters that vary, in the vector of all."""
+    """Which entries of the vector of parameters vary between subjects."""
     correlated: bool
     template: PyTree
+    """Typical parameters, for their shapes."""
     args: PyTree
-    """That all functions get beside the parameters, or None."""
+    """Data that all functions get together with the parameters, or None."""
     subjects: Subject
+    """The data of all subjects, `[subjects, ...]`."""
     options: dict[str, Any]
+    """Options of `solve`."""
 
     @property
     def shared(self) -> int:
@@ -80,8 +95,8 @@ class Population(eqx.Module):
         return ravel_pytree(self.template)[1](flat)
 
     def split(self, theta: Float[Array, " p"]) -> tuple[Array, Array, Array]:
-        """The typical parameters, the root of the covariance, and the logarithm of the noise, which
-        is empty if `noise` is a function."""
+        """The typical parameters, the root of the covariance, and the logarithm of the noise `[1]`,
+        which is empty if `noise` is a function."""
         q, n = len(self.places), self.shared
         count = q * (q + 1) // 2 if self.correlated else q
         flat, root, log_noise = jnp.split(theta, [n, n + count])
@@ -90,8 +105,8 @@ class Population(eqx.Module):
         return flat, jnp.zeros((q, q), theta.dtype).at[jnp.tril_indices(q)].set(root), log_noise
 
     def with_positive_root(self, theta: np.ndarray) -> tuple[np.ndarray, Float[Array, " q"]]:
-        """Let the diagonal of the root be positive, which changes the signs of effects: those are
-        returned, too."""
+        """Make the diagonal of the root positive. Also returns the signs by which this multiplies
+        effects."""
         flat, root, log_noise = self.split(jnp.asarray(theta))
         signs = jnp.where(jnp.diag(root) < 0, -1.0, 1.0)
         root = root * signs[None, :]
@@ -103,8 +118,8 @@ class Population(eqx.Module):
         flat, root, _ = self.split(theta)
         return flat.at[self.places].add(root @ z)
 
-    def given(self, flat: Float[Array, " n"]) -> PyTree:
-        """What all functions get: the parameters, with `args` if there are any."""
+    def with_args(self, flat: Float[Array, " n"]) -> PyTree:
+        """The argument `params` of a user's function: with `args`, the pair `(params, args)`."""
         params = self.unravel(flat)
         return params if self.args is None else (params, self.args)
 
@@ -112,12 +127,12 @@ class Population(eqx.Module):
         """A subject's state at `t0`."""
         if not callable(self.y0):
             return subject.y0
-        params, row = self.given(flat), subject.row
+        params, row = self.with_args(flat), subject.row
         return self.y0(params, row) if row is not None and needs_row(self.y0) else self.y0(params)
 
     def states(self, flat: Float[Array, " n"], subject: Subject) -> PyTree:
         """A subject's states at the times of its observations."""
-        params, row = self.given(flat), subject.row
+        params, row = self.with_args(flat), subject.row
         jumps = None if subject.doses is None else Jumps(subject.doses, self.change)
         return solve(
             self.f, self.start(flat, subject), self.t0, subject.ts[-1],
@@ -127,177 +142,177 @@ class Population(eqx.Module):
 
     def predicted(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "times ..."]:
         """The mean of a subject's observations by its parameters."""
-        params, row = self.given(flat), subject.row
-        given = params if row is None else (params, row)
-        found = self.states(flat, subject)
+        params, row = self.with_args(flat), subject.row
+        params = params if row is None else (params, row)
+        states = self.states(flat, subject)
         if self.observe is None:
-            return found
+            return states
 
-        def see(t, y):
-            return call_field(self.observe, t, y, given, "observe", "what is observed")
+        def observed(t, y):
+            return call_field(self.observe, t, y, params, "observe", "what is observed")
 
-        return jax.vmap(see)(subject.ts, found)
+        return jax.vmap(observed)(subject.ts, states)
 
     def moments(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "2 times ..."]:
         """The mean of a subject's observations by its parameters, and the logarithm of their
         standard deviation, or zero if one number is the noise of all."""
-        found, log_noise = self.predicted(flat, subject), jnp.zeros(())
+        mean, log_noise = self.predicted(flat, subject), jnp.zeros(())
         if self.noise is not None:
-            # Where an observation is missing, it may be zero.
+            # Noise may be zero where an observation is missing.
             missing = jnp.isnan(subject.ys)
-            log_noise = jnp.log(jnp.where(missing, 1.0, self.noise(found, self.given(flat))))
-        return jnp.stack([found, jnp.broadcast_to(log_noise, found.shape)])
+            log_noise = jnp.log(jnp.where(missing, 1.0, self.noise(mean, self.with_args(flat))))
+        return jnp.stack([mean, jnp.broadcast_to(log_noise, mean.shape)])
 
     def nll(self, moments: Moments, theta: Array, z: Array, ys: Array) -> NLL:
-        """By the moments of the subject, a function of its parameters."""
+        """The density of a subject's observations and effects. Its `moments` are a function of its
+        parameters."""
 
         def twice(z):
-            found = moments(self.params_of(theta, z))
-            return found, found
+            values = moments(self.params_of(theta, z))
+            return values, values
 
         slopes, (mean, log_noise) = jax.jacfwd(twice, has_aux=True)(z)
         if self.noise is None:
             log_noise += self.split(theta)[2][0]
         slopes = slopes.reshape(2, -1, len(z))
-        seen = ~jnp.isnan(ys)
-        apart = jnp.where(seen, (ys - mean) / jnp.exp(log_noise), 0.0)
-        each = 0.5 * apart**2 + log_noise + LOG_ROOT_2_PI
-        value = jnp.sum(jnp.where(seen, each, 0.0)) + 0.5 * jnp.sum(z**2)
-        down = jnp.where(seen, jnp.stack([-apart / jnp.exp(log_noise), 1 - apart**2]), 0.0)
+        mask = ~jnp.isnan(ys)
+        residuals = jnp.where(mask, (ys - mean) / jnp.exp(log_noise), 0.0)
+        terms = 0.5 * residuals**2 + log_noise + LOG_ROOT_2_PI
+        value = jnp.sum(jnp.where(mask, terms, 0.0)) + 0.5 * jnp.sum(z**2)
+        down = jnp.stack([-residuals / jnp.exp(log_noise), 1 - residuals**2])
+        down = jnp.where(mask, down, 0.0)
         gradient = jnp.einsum("cm,cmq->q", down.reshape(2, -1), slopes) + z
-        about = jnp.stack([jnp.exp(-2 * log_noise), jnp.full_like(mean, 2.0)])
-        about = jnp.where(seen, about, 0.0).reshape(2, -1)
-        hessian = jnp.einsum("cm,cmq,cmr->qr", about, slopes, slopes) + jnp.eye(len(z))
+        fisher = jnp.stack([jnp.exp(-2 * log_noise), jnp.full_like(mean, 2.0)])
+        fisher = jnp.where(mask, fisher, 0.0).reshape(2, -1)
+        hessian = jnp.einsum("cm,cmq,cmr->qr", fisher, slopes, slopes) + jnp.eye(len(z))
         return NLL(value, gradient, hessian)
 
     def effects(self, theta: Array, begin: Array, subject: Subject) -> Float[Array, " q"]:
-        """The likeliest effects of a subject, from the given ones or from none, whichever are
-        likelier: those that were found at far parameters may lead nowhere.
+        """Search for the likeliest effects of a subject.
 
-        Damped Fisher scoring with a correction of the expected Hessian by the gradients, as in
-        Dennis, Gay and Welsch (1981), doi:10.1145/355958.355965: alone, it creeps where residuals
-        are large.
+        The search starts from `begin` or from zero, whichever is likelier: `begin` comes from other
+        parameters, and may be far. It is damped Fisher scoring, which alone creeps where residuals
+        are large: gradients correct the expected Hessian, as in Dennis, Gay and Welsch (1981),
+        doi:10.1145/355958.355965.
         """
 
         def moments(flat):
             return self.moments(flat, subject)
 
         def step(state):
-            trial, z, best, more, damping, count, _ = state
-            found = self.nll(moments, theta, trial, subject.ys)
-            good = found.value <= best.value + ROUNDING * (1 + jnp.abs(best.value))
-            good &= jnp.isfinite(found.gradient).all() & jnp.isfinite(found.hessian).all()
-            apart, change = trial - z, found.gradient - best.gradient
-            corrected = secant(found.hessian + more, apart, change) - found.hessian
+            trial, z, best, correction, damping, count, _ = state
+            at_trial = self.nll(moments, theta, trial, subject.ys)
+            good = at_trial.value <= best.value + OBJECTIVE_ROUNDING * (1 + jnp.abs(best.value))
+            good &= jnp.isfinite(at_trial.gradient).all() & jnp.isfinite(at_trial.hessian).all()
+            taken, change = trial - z, at_trial.gradient - best.gradient
+            corrected = secant(at_trial.hessian + correction, taken, change) - at_trial.hessian
 
-            def choose(new, old):
-                return jnp.where(good, new, old)
+            def choose(at_trial, before):
+                return jnp.where(good, at_trial, before)
 
-            more = choose(jnp.where(count > 1, corrected, 0.0), more)
-            z, best = jax.tree.map(choose, (trial, found), (z, best))
-            damping = damping * jnp.where(good, LONGER, SHORTER)
+            correction = choose(jnp.where(count > 1, corrected, 0.0), correction)
+            z, best = jax.tree.map(choose, (trial, at_trial), (z, best))
+            damping = damping * jnp.where(good, DAMPING_CUT, DAMPING_GROWTH)
             damped = best.hessian + damping * jnp.diag(jnp.diag(best.hessian))
-            both = jnp.stack([damped + more, damped])  # as one: see `marginal`
+            matrices = jnp.stack([damped + correction, damped])  # one call: see `_after`
             down = jnp.broadcast_to(best.gradient[None, :, None], (2, len(z), 1))
-            move, plain = -jnp.linalg.solve(both, down)[..., 0]
+            move, plain = -jnp.linalg.solve(matrices, down)[..., 0]
             move = jnp.where(best.gradient @ move < 0, move, plain)
-            move *= jnp.minimum(1.0, LONGEST / jnp.max(jnp.abs(move)))
+            move *= jnp.minimum(1.0, LONGEST_EFFECT_STEP / jnp.max(jnp.abs(move)))
             first = count == 0
             done = ~first & (jnp.max(jnp.abs(move)) < EFFECT_TOLERANCE)
             trial = jnp.where(first, begin, z + move)
-            return trial, z, best, more, damping, count + 1, done
+            return trial, z, best, correction, damping, count + 1, done
 
         def unfinished(state):
             return ~state[-1] & (state[-2] < EFFECT_STEPS)
 
         worst = NLL(jnp.asarray(jnp.inf, begin.dtype), 0 * begin, jnp.eye(len(begin)))
-        damping = jnp.asarray(DAMPING, begin.dtype)
+        damping = jnp.asarray(FIRST_DAMPING, begin.dtype)
         none, zero = jnp.zeros_like(begin), 0 * worst.hessian
         state = none, none, worst, zero, damping, jnp.asarray(0), jnp.asarray(False)
         return jax.lax.while_loop(unfinished, step, state)[1]
 
     def expanded(self, flat: Float[Array, " n"], subject: Subject) -> Moments:
-        """The moments near the parameters to second order, without derivatives by pairs of which
-        neither varies. First derivatives of the likelihood and of its Hessian need no more, so
-        that few directions are solved for."""
+        """The moments near the parameters to second order.
 
-        def at(flat):
-            found = self.moments(flat, subject)
-            return found, found
+        Second derivatives by two parameters that do not vary are left out: first derivatives of the
+        likelihood and of its Hessian need none, and a solve has fewer directions without them.
+        """
+
+        def twice(flat):
+            values = self.moments(flat, subject)
+            return values, values
 
         def slopes(flat):
-            def near(vary):
-                return at(flat.at[self.places].set(vary))
+            def by_varying(varying):
+                return twice(flat.at[self.places].set(varying))
 
-            along, found = jax.jacfwd(near, has_aux=True)(flat[self.places])
-            return (found, along), (found, along)
+            along, value = jax.jacfwd(by_varying, has_aux=True)(flat[self.places])
+            return (value, along), (value, along)
 
         (slopes, curves), (value, _) = jax.jacfwd(slopes, has_aux=True)(flat)
-        # [2, times, ..., q, n] to all pairs.
+        # From [2, times, ..., q, n] to all pairs of parameters.
         pairs = jnp.zeros((*slopes.shape, len(flat)), flat.dtype)
         pairs = pairs.at[..., self.places, :].set(curves)
         pairs = pairs.at[..., self.places].set(jnp.swapaxes(curves, -1, -2))
 
-        def near(moved):
-            apart = moved - flat
-            return value + slopes @ apart + 0.5 * (pairs @ apart) @ apart
+        def expansion(params):
+            step = params - flat
+            return value + slopes @ step + 0.5 * (pairs @ step) @ step
 
-        return near
+        return expansion
 
     def marginal(self, theta: Array, z: Array, subject: Subject) -> "Evaluated":
-        """By Laplace's method about the likeliest effects, from effects `z` near them, with the
-        expected Hessian (FOCE with interaction). The gradient is exact.
-
-        Of many subjects, each solve of linear systems is a call that waits for threads of XLA. Two
-        at once can wait for each other forever (jaxlib 0.10), so each depends on the one before.
-        """
+        """Integrate over a subject's effects by Laplace's method, with the expected Hessian (FOCE
+        with interaction), from effects `z` near the likeliest ones. The gradient is exact."""
         count = len(theta)
         moments = self.expanded(self.params_of(theta, z), subject)
 
-        def both(together):
-            found = self.nll(moments, together[:count], together[count:], subject.ys)
-            root = jnp.linalg.cholesky(found.hessian)
-            value = found.value + jnp.sum(jnp.log(jnp.diag(root)))
-            return (value, found.gradient), (value, found.gradient)
+        def integrated(together):
+            nll = self.nll(moments, together[:count], together[count:], subject.ys)
+            root = jnp.linalg.cholesky(nll.hessian)
+            value = nll.value + jnp.sum(jnp.log(jnp.diag(root)))
+            return (value, nll.gradient), (value, nll.gradient)
 
         together = jnp.concatenate([theta, z])
-        (by, of_down), (value, gradient) = jax.jacfwd(both, has_aux=True)(together)
-        # A last step of Newton's, and how the likeliest effects change with theta, so that their
-        # gradient stays zero.
-        known = jnp.concatenate([gradient[:, None], of_down[:, :count]], axis=1)
-        solved = -jnp.linalg.solve(of_down[:, count:] + 0 * by.sum(), known)
+        (score, curves), (value, gradient) = jax.jacfwd(integrated, has_aux=True)(together)
+        # A last step of Newton's method, and how the likeliest effects move with theta: the
+        # gradient by effects stays zero.
+        sides = jnp.concatenate([gradient[:, None], curves[:, :count]], axis=1)
+        solved = -jnp.linalg.solve(_after(score, curves[:, count:]), sides)
         last, moves = solved[:, 0], solved[:, 1:]
-        # It is good near the likeliest effects alone: far from them, the Hessian may be singular.
-        last = jnp.where(jnp.max(jnp.abs(last)) < LAST, last, 0.0)
-        down = by[count:]
+        # Far from the likeliest effects, the Hessian may be singular, and the step useless.
+        last = jnp.where(jnp.max(jnp.abs(last)) < LONGEST_LAST_STEP, last, 0.0)
+        down = score[count:]
         value += down @ last - 0.5 * gradient @ last
-        information = self.information(moments, theta, z + 0 * solved.sum(), subject.ys)
-        return Evaluated(value, by[:count] + down @ moves, information, z + last, moves)
+        information = self.information(moments, theta, _after(solved, z), subject.ys)
+        return Evaluated(value, score[:count] + down @ moves, information, z + last, moves)
 
     def information(
         self, moments: Moments, theta: Array, z: Array, ys: Array
     ) -> Float[Array, "p p"]:
-        """The expected Hessian of `theta`, of observations that are linear in the effects.
+        """The expected Hessian by `theta`, for observations that are linear in the effects.
 
-        Deviations also have the part whose mean is zero. It makes too much of them by a factor of
-        1.5 or so, but near a deviation of zero, the rest vanishes.
+        That by deviations includes a term whose mean is zero. It makes the Hessian too large by a
+        factor of about 1.5, but near a deviation of zero, the other terms vanish.
         """
         flat = self.params_of(theta, z)
-        seen = ~jnp.isnan(ys).reshape(-1)
+        mask = ~jnp.isnan(ys).reshape(-1)
         slopes = jax.jacfwd(moments)(flat).reshape(2, -1, len(flat))
-        slopes = jnp.where(seen[:, None], slopes, 0.0)
-        log_noise = jnp.where(seen, moments(flat)[1].reshape(-1), 0.0)
+        slopes = jnp.where(mask[:, None], slopes, 0.0)
+        log_noise = jnp.where(mask, moments(flat)[1].reshape(-1), 0.0)
 
-        def law(near):
-            shared, root, of_noise = self.split(near)
+        def linear_model(at):
+            shared, root, of_noise = self.split(at)
             along = slopes[0][:, self.places] @ root
-            each = log_noise + slopes[1] @ (shared - self.split(theta)[0])
-            each += jnp.where(seen, of_noise.sum(), 0.0)
+            log_noises = log_noise + slopes[1] @ (shared - self.split(theta)[0])
+            log_noises += jnp.where(mask, of_noise.sum(), 0.0)
             columns = jnp.concatenate([slopes[0] @ shared[:, None], along], axis=1)
-            return columns, along @ along.T + jnp.diag(jnp.exp(2 * each))
+            return columns, along @ along.T + jnp.diag(jnp.exp(2 * log_noises))
 
-        of_columns, of_spread = jax.jacfwd(law)(theta)
-        lower = jnp.linalg.cholesky(law(theta)[1])
+        of_columns, of_spread = jax.jacfwd(linear_model)(theta)
+        lower = jnp.linalg.cholesky(linear_model(theta)[1])
 
         def white(matrix):
             return jax.scipy.linalg.solve_triangular(lower, matrix, lower=True)
@@ -313,41 +328,51 @@ class Population(eqx.Module):
 
 
 def secant(
-    hessian: Float[Array, "n n"], apart: Float[Array, " n"], change: Float[Array, " n"]
+    hessian: Float[Array, "n n"], step: Float[Array, " n"], change: Float[Array, " n"]
 ) -> Float[Array, "n n"]:
-    """The update of Broyden, Fletcher, Goldfarb and Shanno, so that `hessian @ apart` is the
-    `change` of the gradient; the same matrix where it would not be positive."""
-    along = hessian @ apart
-    curved, known = apart @ along, apart @ change
-    positive = (curved > 0) & (known > 0)
-    old = jnp.outer(along, along) / jnp.where(positive, curved, 1.0)
-    new = jnp.outer(change, change) / jnp.where(positive, known, 1.0)
-    return jnp.where(positive, hessian - old + new, hessian)
+    """The update of Broyden, Fletcher, Goldfarb and Shanno, after which `hessian @ step` is the
+    `change` of the gradient. Returns the same matrix if the updated one were not positive."""
+    along = hessian @ step
+    expected, measured = step @ along, step @ change
+    positive = (expected > 0) & (measured > 0)
+    removed = jnp.outer(along, along) / jnp.where(positive, expected, 1.0)
+    added = jnp.outer(change, change) / jnp.where(positive, measured, 1.0)
+    return jnp.where(positive, hessian - removed + added, hessian)
+
+
+def _after(first: Array, x: Array) -> Array:
+    """`x`, which the program computes after `first`.
+
+    A solve of linear systems for many subjects waits for threads of XLA, and two at once can wait
+    for each other forever (jaxlib 0.10), so each depends on the one before. XLA drops an
+    `optimization_barrier` before it assigns threads; the product with zero stays.
+    """
+    return x + 0 * first.sum()
 
 
 class Evaluated(NamedTuple):
-    """Of each subject, with the likeliest effects at `theta`."""
+    """The likelihood of each subject, and the likeliest effects."""
 
     values: Float[Array, " subjects"]
     """Minus the log-likelihoods."""
     scores: Float[Array, "subjects p"]
-    """Their gradients."""
+    """Their gradients by `theta`."""
     information: Float[Array, "subjects p p"]
-    """Their expected Hessians, about: of `Population.information`."""
+    """Their expected Hessians, approximately: see `Population.information`."""
     effects: Float[Array, "subjects q"]
     moves: Float[Array, "subjects q p"]
-    """The derivatives of the effects."""
+    """The derivatives of the effects by `theta`."""
 
 
 @compiled
 def evaluated(
     population: Population, theta: Float[Array, " p"], begin: Float[Array, "subjects q"]
 ) -> Evaluated:
-    """The likelihood of each subject, whose effects are searched from `begin`."""
+    """The likelihood of each subject. The search for its effects starts from `begin`."""
 
-    def one(each):
-        begin, subject = each
+    def of_subject(pair):
+        begin, subject = pair
         z = population.effects(theta, begin, subject)
         return population.marginal(theta, z, subject)
 
-    return jax.vmap(one)((begin, population.subjects))
+    return jax.vmap(of_subject)((begin, population.subjects))

@@ -1,44 +1,76 @@
 """The largest likelihood of a population, and the covariance there."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jaxode.estimation.populations.marginal import (
-    DAMPING,
-    LONGER,
-    SHORTER,
+    DAMPING_CUT,
+    DAMPING_GROWTH,
+    FIRST_DAMPING,
     Population,
     evaluated,
     secant,
 )
 
-TOLERANCE, SHORTEST = 0.03, 1e-4  # of the search before Newton's steps, in standard errors
-NEWTON_STEPS, CONVERGED = 5, 1e-3  # in standard errors
-DIFFERENCE = 0.01  # of the Hessian, in standard errors
-TOGETHER = 50  # subjects, at most
-LEAST_DAMPING = 1e-6  # so that some steps that fail suffice to raise it
-GOOD, POOR = 0.75, 0.25  # of the gain that a step promised
-FLAT = 1e-6  # curvature by a parameter in its unit
-WIDEST = 100.0  # of units, in standard errors where the others are known
-DEVIATIONS = 5.0  # of a parameter that varies, as first guessed, are its unit
-PART = 0.1  # of a variance that is known, from which on what is hidden spoils it
-LEAST = 1e-6  # information of a parameter, in its unit, that the search takes for its scale
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When the searches of a population end, how far they step, and what is undetermined.
+
+    Distances are in standard errors, by the information on all parameters, or in the units of
+    parameters, which `PopulationLikelihood` chooses.
+    """
+
+    scoring_distance: float = 0.03
+    """Scoring ends when the best parameters are nearer than so many standard errors."""
+    shortest_step: float = 1e-4
+    """Scoring ends when a step of fewer standard errors fails."""
+    newton_steps: int = 5
+    """The largest number of Newton's steps with one Hessian."""
+    newton_distance: float = 1e-3
+    """Newton's method has converged when the best parameters are nearer than so many standard
+    errors."""
+    difference: float = 0.01
+    """The step of the differences of gradients, in conditional standard errors, or in units if
+    these are shorter."""
+    subjects_at_once: int = 50
+    """The largest number of subjects that one call of the program evaluates."""
+    least_damping: float = 1e-6
+    """Floor of the damping, so that a few steps that fail raise it enough."""
+    good_gain: float = 0.75
+    """Cut the damping after a step that brought more than this part of its promised gain."""
+    poor_gain: float = 0.25
+    """Raise the damping after a step that brought less than this part of its promised gain."""
+    flat_curvature: float = 1e-6
+    """A direction is flat if its curvature, in the units of the parameters, is below this."""
+    widest_unit: float = 100.0
+    """Cap a parameter's unit at 100 conditional standard errors, those with the others fixed."""
+    deviations_in_unit: float = 5.0
+    """The unit of a parameter that varies is so many of its first guessed deviations."""
+    hidden_part: float = 0.1
+    """A parameter is undetermined if flat directions could hide over 10% of its known variance."""
+    least_information: float = 1e-6
+    """Floor of the information on a parameter, in its unit, where it scales steps."""
+
+
+LIMITS = Limits()
 
 
 class Total(NamedTuple):
-    """Of some of the subjects."""
+    """Summed likelihood of some subjects, with gradient and expected Hessian."""
 
     values: np.ndarray
-    """Minus the log-likelihood of each."""
+    """Minus the log-likelihood of each subject."""
     scores: np.ndarray
     """The gradient of their sum."""
     information: np.ndarray
-    """The expected Hessian of their sum, about."""
+    """The expected Hessian of their sum, approximately."""
 
     @property
     def usable(self) -> bool:
@@ -50,11 +82,12 @@ class Total(NamedTuple):
         return float(self.values.sum())
 
     def decrement(self, units: np.ndarray) -> float:
-        """How far the best parameters are, in standard errors."""
+        """The distance to the best parameters, in standard errors."""
         return float(np.sqrt(self.scores @ np.linalg.solve(self.damped(1e-9, units), self.scores)))
 
     def damped(self, damping: float, units: np.ndarray) -> np.ndarray:
-        scale = np.maximum(np.diag(self.information), LEAST / units**2)
+        """The information with `damping` times its diagonal added."""
+        scale = np.maximum(np.diag(self.information), LIMITS.least_information / units**2)
         return self.information + damping * np.diag(scale)
 
 
@@ -64,53 +97,59 @@ class Maximum(NamedTuple):
     theta: np.ndarray
     nll: float
     covariance: np.ndarray
-    """NaN for what is free."""
+    """NaN for undetermined parameters."""
     converged: bool
-    free: np.ndarray
+    undetermined: np.ndarray
     """Which parameters the observations do not determine."""
 
 
 class PopulationLikelihood:
-    """The likelihood of a population, part by part: one program serves all parts, subjects that
-    take long delay few others, and the first part is a small population that starts the search.
+    """The likelihood of a population, evaluated chunk by chunk of its subjects.
 
-    The effects begin where their derivatives at the last parameters say.
+    One program serves all chunks. Subjects that take long delay few others, and the first chunk is
+    a small population that starts the search. The search for the effects of a subject begins where
+    their derivatives at the last parameters point.
     """
 
     least_units: Any = 1.0
     """The unit of each parameter where it is near zero. Elsewhere it is its size."""
     sized: Any = True
-    """Whether the size of a parameter says its unit, as that of the logarithm of the noise does
+    """Whether the size of a parameter may be its unit. That of the logarithm of the noise may
     not."""
 
     def __init__(self, population: Population, theta: np.ndarray):
         count, q = len(population.subjects.ts), len(population.places)
-        parts = -(-count // TOGETHER)
-        size = -(-count // parts)
+        chunks = -(-count // LIMITS.subjects_at_once)
+        size = -(-count // chunks)
         self.population = population
-        self.members = [np.arange(part, count, parts) for part in range(parts)]
-        self.parts = []
-        for members in self.members:
-            padded = np.resize(members, size)
-            own = jax.tree.map(lambda x, rows=padded: x[rows], population.subjects)
-            self.parts.append(eqx.tree_at(lambda p: p.subjects, population, own))
+        self.subjects_of_chunk = [np.arange(chunk, count, chunks) for chunk in range(chunks)]
+        self.chunks = []
+        for subjects in self.subjects_of_chunk:
+            padded = np.resize(subjects, size)
+            data = jax.tree.map(lambda x, rows=padded: x[rows], population.subjects)
+            self.chunks.append(eqx.tree_at(lambda p: p.subjects, population, data))
         dtype = population.t0.dtype
-        none = jnp.zeros((size, q), dtype), jnp.zeros((size, q, len(theta)), dtype)
-        self.last = [(theta, *none)] * parts  # where the effects and their derivatives were found
+        zeros = jnp.zeros((size, q), dtype), jnp.zeros((size, q, len(theta)), dtype)
+        self.last = [(theta, *zeros)] * chunks
+        """For each chunk the last parameters, the effects there and their derivatives."""
 
     def units(self, theta: np.ndarray) -> np.ndarray:
         """The unit of each parameter."""
         return np.maximum(np.where(self.sized, np.abs(theta), 0.0), self.least_units)
 
     def take_units(self, theta: np.ndarray, information: np.ndarray) -> None:
-        """Let the first guess and the information there say the units: a number that varies has
-        that of its deviation. Others are like logarithms, of which a unit is one, if that is less
-        than they are known to; but an observed zero says no unit."""
+        """Choose the units by the first guess and the information there.
+
+        A parameter that varies has a unit of its deviation. Others may be logarithms, of which a
+        unit is one, but no more than 100 of their standard errors; or only these if the guess is
+        zero, which says nothing about a unit.
+        """
         known = np.diag(information)
         n, q = self.population.shared, len(self.population.places)
-        errors = WIDEST / np.sqrt(np.where(known > 0, known, np.inf))
+        errors = LIMITS.widest_unit / np.sqrt(np.where(known > 0, known, np.inf))
         units = np.where(theta == 0, errors, np.minimum(errors, 1.0))
-        spread = DEVIATIONS * np.asarray(self.population.split(jnp.asarray(theta))[1]).diagonal()
+        root = self.population.split(jnp.asarray(theta))[1]
+        spread = LIMITS.deviations_in_unit * np.asarray(root).diagonal()
         rows = np.tril_indices(q)[0] if self.population.correlated else np.arange(q)
         units[np.asarray(self.population.places)] = spread
         units[n : n + len(rows)] = spread[rows]
@@ -121,112 +160,138 @@ class PopulationLikelihood:
     @property
     def effects(self) -> Float[Array, "subjects q"]:
         """The likeliest effects at the last parameters."""
-        each = zip(self.last, self.members, strict=True)
-        found = np.concatenate([effects[: len(members)] for (_, effects, _), members in each])
-        return jnp.asarray(found[np.argsort(np.concatenate(self.members))])
+        chunks = zip(self.last, self.subjects_of_chunk, strict=True)
+        effects = np.concatenate([padded[: len(subjects)] for (_, padded, _), subjects in chunks])
+        return jnp.asarray(effects[np.argsort(np.concatenate(self.subjects_of_chunk))])
 
-    def at(self, theta: np.ndarray, parts: int | None = None) -> Total:
-        """The likelihood of the subjects of the first `parts`."""
+    def at(self, theta: np.ndarray, chunks: int | None = None) -> Total:
+        """The likelihood of all subjects, or of those of the first `chunks`."""
         values, scores, information = [], 0.0, 0.0
-        for i, members in enumerate(self.members[:parts]):
+        for i, subjects in enumerate(self.subjects_of_chunk[:chunks]):
             last, effects, moves = self.last[i]
             begin = effects + jnp.clip(moves @ jnp.asarray(theta - last), -1.0, 1.0)
-            found = evaluated(self.parts[i], jnp.asarray(theta), begin)
-            if all(bool(jnp.isfinite(leaf).all()) for leaf in found):
-                self.last[i] = theta, found.effects, found.moves
-            values.append(np.asarray(found.values)[: len(members)])
-            scores += np.asarray(found.scores)[: len(members)].sum(axis=0)
-            information += np.asarray(found.information)[: len(members)].sum(axis=0)
-        order = np.argsort(np.concatenate(self.members[:parts]))
+            result = evaluated(self.chunks[i], jnp.asarray(theta), begin)
+            if all(bool(jnp.isfinite(leaf).all()) for leaf in result):
+                self.last[i] = theta, result.effects, result.moves
+            values.append(np.asarray(result.values)[: len(subjects)])
+            scores += np.asarray(result.scores)[: len(subjects)].sum(axis=0)
+            information += np.asarray(result.information)[: len(subjects)].sum(axis=0)
+        order = np.argsort(np.concatenate(self.subjects_of_chunk[:chunks]))
         return Total(np.concatenate(values)[order], np.asarray(scores), np.asarray(information))
 
-    def minimized(self, theta: np.ndarray, steps: int, parts: int | None = None) -> np.ndarray:
-        """Damped Fisher scoring, corrected by the gradients as the search of effects is. The
-        damping follows how much of the gain that a step promised was there. A step changes no
-        parameter by more than its unit, and after one that fails, by less."""
-        best, more, damping = self.at(theta, parts), np.zeros(2 * theta.shape), DAMPING
+    def minimized(self, theta: np.ndarray, steps: int, chunks: int | None = None) -> np.ndarray:
+        """Search for the likeliest parameters by damped Fisher scoring.
+
+        Gradients correct the expected Hessian, as in the search of effects. The damping follows how
+        much of its promised gain a step brings. A step changes no parameter by more than its unit,
+        and by less after one that fails.
+        """
+        best, correction, damping = self.at(theta, chunks), np.zeros(2 * theta.shape), FIRST_DAMPING
         longest = 1.0
         for _ in range(steps):
             units = self.units(theta)
-            if not best.decrement(units) > TOLERANCE:
+            if not best.decrement(units) > LIMITS.scoring_distance:
                 break
-            curved, expected = best.information + more, best.damped(damping, units)
-            move = -np.linalg.solve(expected + more, best.scores)
+            hessian, expected = best.information + correction, best.damped(damping, units)
+            move = -np.linalg.solve(expected + correction, best.scores)
             if not best.scores @ move < 0:
-                curved = best.information
+                hessian = best.information
                 move = -np.linalg.solve(expected, best.scores)
             length = np.max(np.abs(move) / units)
             move, length = move * min(1.0, longest / length), min(length, longest)
-            kept, found = list(self.last), self.at(theta + move, parts)
-            if found.usable and found.value <= best.value:
-                promised = -(best.scores @ move + 0.5 * move @ curved @ move)
-                gain = (best.value - found.value) / promised
-                change = found.scores - best.scores
-                known = (jnp.asarray(x) for x in (found.information + more, move, change))
-                more = np.asarray(secant(*known)) - found.information
-                theta, best = theta + move, found
-                if gain > GOOD:
-                    damping = max(damping * LONGER, LEAST_DAMPING)
-                elif gain < POOR:
-                    damping *= SHORTER
+            last, trial = list(self.last), self.at(theta + move, chunks)
+            if trial.usable and trial.value <= best.value:
+                promised = -(best.scores @ move + 0.5 * move @ hessian @ move)
+                gain = (best.value - trial.value) / promised
+                correction = _corrected(trial, correction, move, trial.scores - best.scores)
+                theta, best = theta + move, trial
+                if gain > LIMITS.good_gain:
+                    damping = max(damping * DAMPING_CUT, LIMITS.least_damping)
+                elif gain < LIMITS.poor_gain:
+                    damping *= DAMPING_GROWTH
                 longest = min(2 * longest, 1.0)
                 continue
-            self.last = kept
-            if move @ best.information @ move < SHORTEST**2:
+            self.last = last
+            if move @ best.information @ move < LIMITS.shortest_step**2:
                 break
-            damping, longest = damping * SHORTER, length / SHORTER
+            damping, longest = damping * DAMPING_GROWTH, length / DAMPING_GROWTH
         theta, signs = self.population.with_positive_root(theta)
         if bool((signs < 0).any()):
-            for i, (last, effects, moves) in enumerate(self.last[:parts]):
-                self.last[i] = last, effects * signs[None], 0 * moves
+            for i, (last_theta, effects, moves) in enumerate(self.last[:chunks]):
+                self.last[i] = last_theta, effects * signs[None], 0 * moves
         return theta
 
     def polished(self, theta: np.ndarray) -> Maximum:
-        """Newton's method with one Hessian, or with another where that of the start is too far."""
-        found = self.by_newton(theta)
-        if found.converged or np.isnan(found.covariance).any():
-            return found
-        return self.by_newton(found.theta)
+        """Newton's method with one Hessian, or with a second one if that of the start is too far
+        away."""
+        maximum = self.by_newton(theta)
+        if maximum.converged or np.isnan(maximum.covariance).any():
+            return maximum
+        return self.by_newton(maximum.theta)
 
     def by_newton(self, theta: np.ndarray) -> Maximum:
-        """Newton's method, with one Hessian by differences of exact gradients."""
-        best = self.at(theta)
-        units = self.units(theta)
-        about = np.diag(best.information)  # which is zero for what has no effect
-        steps = np.diag(DIFFERENCE / np.maximum(np.sqrt(about), 1 / units))
-        kept, rows = list(self.last), []
+        """Newton's method with the Hessian at `theta`."""
+        best, units = self.at(theta), self.units(theta)
+        hessian = self._hessian(theta, best, units)
+        known = _covariance(hessian, units, best.scores.dtype)
+        if known is None:
+            unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
+            return Maximum(theta, best.value, unknown, False, none)
+        covariance, undetermined = known
+        for _ in range(LIMITS.newton_steps):
+            trial_theta = theta - covariance @ best.scores
+            last, trial = list(self.last), self.at(trial_theta)
+            # The last step of effects leaves an error of about 1e-5 in values, but not in
+            # gradients.
+            if not trial.value <= best.value + LIMITS.scoring_distance**2:
+                self.last = last
+                break
+            theta, best = trial_theta, trial
+            if best.scores @ covariance @ best.scores < LIMITS.newton_distance**2:
+                break
+        converged = best.scores @ covariance @ best.scores < LIMITS.newton_distance**2
+        covariance[undetermined] = covariance[:, undetermined] = np.nan
+        return Maximum(theta, best.value, covariance, bool(converged), undetermined)
+
+    def _hessian(self, theta: np.ndarray, best: Total, units: np.ndarray) -> np.ndarray:
+        """The Hessian by differences of exact gradients."""
+        information = np.diag(best.information)  # zero for parameters without effect
+        steps = np.diag(LIMITS.difference / np.maximum(np.sqrt(information), 1 / units))
+        last, rows = list(self.last), []
         for step in steps:
             rows.append((self.at(theta + step).scores - best.scores) / step.max())
-            self.last = list(kept)
-        hessian = (np.stack(rows) + np.stack(rows).T) / 2
-        unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
-        if not np.isfinite(hessian).all():
-            return Maximum(theta, best.value, unknown, False, none)
-        # Units that leave curvatures alike: eigenvalues are known to rounding of the largest.
-        known = np.maximum(np.diag(hessian), LEAST / units**2)
-        wide = np.minimum(units, WIDEST / np.sqrt(known))
-        curvatures, along = np.linalg.eigh(hessian * np.outer(wide, wide))
-        rounding = 100 * np.finfo(best.scores.dtype).eps * curvatures.max()
-        least = max(FLAT, rounding)
-        if curvatures.min() < -least:
-            return Maximum(theta, best.value, unknown, False, none)
-        flat = curvatures < least
-        # A flat direction hides a variance of at least `1 / least`. A parameter is free if that
-        # exceeds a part of its known variance.
-        hidden = (along[:, flat] ** 2).sum(axis=1) / least
-        free = hidden > PART * (along[:, ~flat] ** 2 / curvatures[~flat]).sum(axis=1)
-        along = along[:, ~flat] * wide[:, None]
-        covariance = along / curvatures[~flat] @ along.T
-        for _ in range(NEWTON_STEPS):
-            better = theta - covariance @ best.scores
-            kept, found = list(self.last), self.at(better)
-            # Values are known to about 1e-5, by the last step of effects; gradients say the rest.
-            if not found.value <= best.value + TOLERANCE**2:
-                self.last = kept
-                break
-            theta, best = better, found
-            if best.scores @ covariance @ best.scores < CONVERGED**2:
-                break
-        converged = best.scores @ covariance @ best.scores < CONVERGED**2
-        covariance[free] = covariance[:, free] = np.nan
-        return Maximum(theta, best.value, covariance, bool(converged), free)
+            self.last = list(last)
+        return (np.stack(rows) + np.stack(rows).T) / 2
+
+
+def _corrected(
+    trial: Total, correction: np.ndarray, move: np.ndarray, change: np.ndarray
+) -> np.ndarray:
+    """The correction of the information of `trial` by the change of the gradient over a move."""
+    vectors = (jnp.asarray(x) for x in (trial.information + correction, move, change))
+    return np.asarray(secant(*vectors)) - trial.information
+
+
+def _covariance(
+    hessian: np.ndarray, units: np.ndarray, dtype: Any
+) -> tuple[np.ndarray, Bool[np.ndarray, " p"]] | None:
+    """The inverse of a Hessian without its flat directions, and which parameters are undetermined.
+
+    None if the Hessian is not finite, or curves downwards.
+    """
+    if not np.isfinite(hessian).all():
+        return None
+    # Eigenvalues are known up to rounding of the largest: choose units in which they are alike.
+    known = np.maximum(np.diag(hessian), LIMITS.least_information / units**2)
+    units = np.minimum(units, LIMITS.widest_unit / np.sqrt(known))
+    curvatures, along = np.linalg.eigh(hessian * np.outer(units, units))
+    rounding = 100 * np.finfo(dtype).eps * curvatures.max()
+    least = max(LIMITS.flat_curvature, rounding)
+    if curvatures.min() < -least:
+        return None
+    flat = curvatures < least
+    # A flat direction hides a variance of at least `1 / least`.
+    hidden = (along[:, flat] ** 2).sum(axis=1) / least
+    variance = (along[:, ~flat] ** 2 / curvatures[~flat]).sum(axis=1)
+    along = along[:, ~flat] * units[:, None]
+    return along / curvatures[~flat] @ along.T, hidden > LIMITS.hidden_part * variance
