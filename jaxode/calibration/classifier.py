@@ -8,6 +8,7 @@ from jaxtyping import Float
 from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
 
+# The folds of the cross-validation, as in `sbibm`.
 FOLDS = 5
 
 

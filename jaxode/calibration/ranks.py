@@ -12,6 +12,7 @@ from jaxode.calibration.simulations import Simulations
 from jaxode.calibration.uniformity import SIGNIFICANT, components, p_values
 from jaxode.density.density import Density
 
+# Faults by the degree of a component, one and two, and by its sign, negative and positive.
 VERDICTS = (("too high", "too low"), ("too wide", "too narrow"))
 
 
@@ -27,8 +28,8 @@ class SBC:
     draws: int
     """Draws of each posterior."""
     components: Float[np.ndarray, "4 parameters"]
-    """Of the test, each a standard normal if the posterior is right. The first is negative where
-    posteriors are too high, the second positive where they are too narrow."""
+    """The components of the test: standard normal if the posterior is right. The first is negative
+    where posteriors are too high, the second positive where they are too narrow."""
 
     def __str__(self) -> str:
         count, parameters = self.ranks.shape
@@ -91,5 +92,5 @@ def sbc(
         samples = density.sample(key, (draws, len(theta)), context=x)
         return jnp.sum(samples < theta[None], axis=0).reshape(len(theta), -1)
 
-    ranks, u = Simulations.of(density, theta, x, draws).levels(rank, key)
+    ranks, u = Simulations.checked(density, theta, x, draws).levels(rank, key)
     return SBC(ranks, p_values(u), draws, components(u))

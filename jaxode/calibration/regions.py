@@ -13,7 +13,8 @@ from jaxode.calibration.simulations import Rank, Simulations
 from jaxode.calibration.uniformity import SIGNIFICANT, p_values
 from jaxode.density.density import Density
 
-LEVELS = tuple(np.arange(1, 20) / 20)
+# The levels of regions by default.
+DEFAULT_LEVELS = tuple(np.arange(1, 20) / 20)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -60,7 +61,7 @@ def coverage(
     *,
     key: PRNGKeyArray,
     draws: int = 100,
-    levels: Any = LEVELS,
+    levels: Any = DEFAULT_LEVELS,
 ) -> Coverage:
     """Count how often regions of highest posterior density contain the parameters.
 
@@ -87,7 +88,7 @@ def coverage(
         _, of_draws = density.sample_and_log_prob(key, (draws, len(theta)), context=x)
         return jnp.sum(of_draws > of_truth[None], axis=0)
 
-    return _coverage(Simulations.of(density, theta, x, draws), rank, key, levels)
+    return _coverage(Simulations.checked(density, theta, x, draws), rank, key, levels)
 
 
 @public("calibration.tarp")
@@ -98,7 +99,7 @@ def tarp(
     *,
     key: PRNGKeyArray,
     draws: int = 100,
-    levels: Any = LEVELS,
+    levels: Any = DEFAULT_LEVELS,
 ) -> Coverage:
     """Count how often balls around random points contain the parameters.
 
@@ -120,7 +121,7 @@ def tarp(
 
     References: Lemos et al. (2023), arXiv:2302.03026.
     """
-    simulations = Simulations.of(density, theta, x, draws)
+    simulations = Simulations.checked(density, theta, x, draws)
     low = simulations.theta.min(axis=0, keepdims=True)
     width = jnp.ptp(simulations.theta, axis=0, keepdims=True)
     constant = np.argwhere(np.asarray(width[0]) == 0).tolist()
@@ -131,16 +132,16 @@ def tarp(
         )
 
     def distance(at, center):
-        apart = ((at - low) / width - center) ** 2
-        return apart.reshape(len(at), -1).sum(axis=1)
+        squares = ((at - low) / width - center) ** 2
+        return squares.reshape(len(at), -1).sum(axis=1)
 
     def rank(density, key, theta, x):
         center_key, key = jax.random.split(key)
         center = jax.random.uniform(center_key, theta.shape, theta.dtype)
         samples = density.sample(key, (draws, len(theta)), context=x)
 
-        def nearer(some):
-            return distance(some, center) < distance(theta, center)
+        def nearer(sample):
+            return distance(sample, center) < distance(theta, center)
 
         return jnp.sum(jax.vmap(nearer)(samples), axis=0)
 
@@ -148,7 +149,7 @@ def tarp(
 
 
 def _coverage(simulations: Simulations, rank: Rank, key: PRNGKeyArray, levels: Any) -> Coverage:
-    """The part of simulations whose level is below each of the levels."""
+    """Count the simulations whose own level is at most each of the levels."""
     levels = np.asarray(levels, float)
     if levels.ndim != 1 or not np.all((levels > 0) & (levels < 1)):
         raise ValueError(

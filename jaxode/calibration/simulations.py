@@ -16,26 +16,28 @@ from jaxode._checks.samples import check_data, check_key, check_rows
 from jaxode.density.contexts import context_numbers
 from jaxode.density.density import Density
 
-MAX_NUMBERS = 2**23  # of draws and their contexts in memory
-MIN_SIMULATIONS = 50  # for p-values and standard errors of large samples
+# The largest number of values that draws and their contexts may have in memory.
+MAX_NUMBERS = 2**23
+# P-values and standard errors, which hold for large samples, need this many simulations.
+MIN_SIMULATIONS = 50
 
 Rank = Callable[[Density, PRNGKeyArray, Array, PyTree], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulations:
-    """Checked arguments of a check."""
+    """The arguments of a check of a posterior, themselves checked."""
 
     density: Density
     """Knows the shapes of a context."""
     theta: Float[Array, "simulations *event"]
     x: PyTree
     draws: int
-    part: int
-    """Simulations whose draws and contexts fit in memory."""
+    chunk: int
+    """How many simulations at a time: their draws and contexts fit in memory."""
 
     @classmethod
-    def of(cls, density: Any, theta: Any, x: PyTree, draws: Any) -> "Simulations":
+    def checked(cls, density: Any, theta: Any, x: PyTree, draws: Any) -> "Simulations":
         """Check the arguments of a public function."""
         check_not_traced("runs many programs", density, theta, x)
         if not isinstance(density, Density):
@@ -66,12 +68,12 @@ class Simulations:
             The ranks; and as levels, exactly uniform in [0, 1] if the density is right.
         """
         key, level_key = jax.random.split(check_key(key))
-        found = []
-        for first in range(0, len(self.theta), self.part):
-            rows = slice(first, first + self.part)
+        chunks = []
+        for first in range(0, len(self.theta), self.chunk):
+            rows = slice(first, first + self.chunk)
             x = jax.tree.map(lambda leaf, rows=rows: leaf[rows], self.x)
-            part_key = jax.random.fold_in(key, first)
-            found.append(np.asarray(rank(self.density, part_key, self.theta[rows], x)))
-        ranks = np.concatenate(found)
+            chunk_key = jax.random.fold_in(key, first)
+            chunks.append(np.asarray(rank(self.density, chunk_key, self.theta[rows], x)))
+        ranks = np.concatenate(chunks)
         random = np.random.default_rng(np.asarray(jax.random.key_data(level_key)))
         return ranks, (ranks + random.random(ranks.shape)) / (self.draws + 1)

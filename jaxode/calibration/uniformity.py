@@ -3,8 +3,10 @@
 import numpy as np
 from jaxtyping import Float
 
+# The test has the Legendre polynomials up to this degree.
 DEGREES = 4
-SIGNIFICANT = 0.01  # p-values below are a fault
+# A p-value below this is a fault.
+SIGNIFICANT = 0.01
 
 
 def components(u: Float[np.ndarray, "n columns"]) -> Float[np.ndarray, "degrees columns"]:

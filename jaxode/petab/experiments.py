@@ -24,9 +24,9 @@ class Experiments:
         lines = {line["conditionId"]: line for line in tables.condition}
         keys = dict.fromkeys(key for line in tables.condition for key in line)
         self.columns = [key for key in keys if key not in ("conditionId", "conditionName")]
-        known = {*model.initial, *parameters.ids}
+        allowed = {*model.initial, *parameters.ids}
         for column in self.columns:
-            if column not in known:
+            if column not in allowed:
                 raise ValueError(
                     f"{arg('path')} conditions must set what has a start value in the model or is "
                     f"in the table of parameters; got the column {column!r}. Mend it."
@@ -51,7 +51,7 @@ class Experiments:
         self.rows, self.before = entries([pair[1] for pair in rows]), entries(before)
         self.before_of = np.array([before.index(pair[0]) if pair[0] else -1 for pair in rows])
         empty = np.any(np.concatenate([self.rows.empty, self.before.empty]), axis=0).tolist()
-        self._partial = [name for name, some in zip(self.columns, empty, strict=True) if some]
+        self._partial = [name for name, lacks in zip(self.columns, empty, strict=True) if lacks]
         fixed = dict.fromkeys([*model.initial, *parameters.ids])
         self.field = ModelField(model, [name for name in fixed if name not in model.states])
 
@@ -72,7 +72,7 @@ class Experiments:
         """The values of names at the start."""
         names = Names(self.model.rules | self.model.initial, lambda _: jnp.nan, time=0.0)
         names.update({name: vector[i] for name, i in self.parameters.place.items()})
-        cells = dict(zip(self.columns, jnp.moveaxis(entries.of(vector), -1, 0), strict=True))
+        cells = dict(zip(self.columns, jnp.moveaxis(entries.values(vector), -1, 0), strict=True))
         partial = {name: cells.pop(name) for name in self._partial}
         names.update(cells)
         for name, cell in partial.items():
@@ -81,14 +81,14 @@ class Experiments:
             names[name] = jnp.where(jnp.isnan(cell), default, cell)
         return names
 
-    def kept(self) -> np.ndarray:
-        """Which states of which rows go on from the pre-equilibration, `[rows, n]`."""
+    def continued(self) -> np.ndarray:
+        """Which states of each row continue those of its pre-equilibration, `[rows, n]`."""
         shape = len(self.before_of), len(self.model.states)
-        kept = np.array(np.broadcast_to((self.before_of >= 0)[:, None], shape))
+        continued = np.array(np.broadcast_to((self.before_of >= 0)[:, None], shape))
         for i, name in enumerate(self.model.states):
             if name in self.columns:
-                kept[:, i] &= self.rows.empty[:, self.columns.index(name)]
-        return kept
+                continued[:, i] &= self.rows.empty[:, self.columns.index(name)]
+        return continued
 
     def switches(self, entries: Entries) -> Float[np.ndarray, "rows points"] | None:
         """When the field switches in each row, padded with infinity; None if it never does."""
@@ -96,42 +96,45 @@ class Experiments:
             return None
         nominal = jnp.asarray(self.parameters.nominal)
 
-        def of(vector):
+        def switch_times(vector):
             return self._switch_times(vector, entries)
 
-        times, moves = jax.jit(of)(nominal), jax.jit(jax.jacfwd(of))(nominal)
+        times = jax.jit(switch_times)(nominal)
+        moves = jax.jit(jax.jacfwd(switch_times))(nominal)
         if np.any(np.asarray(moves)[..., self.parameters.estimated] != 0):
             raise ValueError(
                 f"{arg('path')} the field must switch at known times; got switches at times that "
                 "are estimated. Fix these parameters, or solve the model by jaxode.solve with "
                 "breakpoints."
             )
-        each = [np.unique(row[np.isfinite(row) & (row > 0)]) for row in np.asarray(times)]
-        size = max(map(len, each))
+        by_row = [np.unique(row[np.isfinite(row) & (row > 0)]) for row in np.asarray(times)]
+        size = max(map(len, by_row))
 
         def pad(row):
             return np.pad(row, (0, size - len(row)), constant_values=np.inf)
 
-        return np.stack([pad(row) for row in each]) if size else None
+        return np.stack([pad(row) for row in by_row]) if size else None
 
     def _switch_times(self, vector: Array, entries: Entries) -> Float[Array, "rows switches"]:
-        """The times of all switches of each row, at which a linear function of time is zero."""
+        """The times of all switches of each row: the zeros of linear functions of time."""
         values, y = self.start(vector, entries)
         times = []
         for left, right in self.model.switches:
-            apart = []
+            differences = []
             for t in (0.0, 1.0):
                 names = self.field.names(t, y, values)
                 of_row = jnp.asarray(evaluate(left, names) - evaluate(right, names), float)
-                apart.append(jnp.broadcast_to(of_row, values.shape[:-1]))
-            slope = apart[1] - apart[0]
-            still = slope == 0
-            times.append(jnp.where(still, jnp.inf, -apart[0] / jnp.where(still, 1.0, slope)))
+                differences.append(jnp.broadcast_to(of_row, values.shape[:-1]))
+            slope = differences[1] - differences[0]
+            never = slope == 0
+            zero = -differences[0] / jnp.where(never, 1.0, slope)
+            times.append(jnp.where(never, jnp.inf, zero))
         return jnp.stack(times, axis=-1)
 
 
 def _stacked(
-    names: Mapping[str, Any], of: Iterable[str], shape: tuple[int, ...]
+    values: Mapping[str, Any], names: Iterable[str], shape: tuple[int, ...]
 ) -> Float[Array, "... k"]:
-    found = [jnp.broadcast_to(jnp.asarray(names[name], float), shape) for name in of]
-    return jnp.stack(found, axis=-1)
+    """The values of names, broadcast to a shape, along a last axis."""
+    columns = [jnp.broadcast_to(jnp.asarray(values[name], float), shape) for name in names]
+    return jnp.stack(columns, axis=-1)

@@ -17,7 +17,7 @@ class Formula(NamedTuple):
     """A function of SBML, such as "PLUS", and its arguments: formulas, names and numbers."""
 
     function: str
-    parts: tuple[Any, ...]
+    arguments: tuple[Any, ...]
 
 
 def _power(x: Any, exponent: Any) -> Any:
@@ -26,55 +26,57 @@ def _power(x: Any, exponent: Any) -> Any:
     return jnp.power(x, exponent)
 
 
-def _logarithm(*parts: Any) -> Any:
-    base, x = parts if len(parts) == 2 else (10.0, *parts)
+def _logarithm(*args: Any) -> Any:
+    base, x = args if len(args) == 2 else (10.0, *args)
     return jnp.log10(x) if isinstance(base, float) and base == 10 else jnp.log(x) / jnp.log(base)
 
 
-def _root(*parts: Any) -> Any:
-    degree, x = parts if len(parts) == 2 else (2.0, *parts)
+def _root(*args: Any) -> Any:
+    degree, x = args if len(args) == 2 else (2.0, *args)
     return jnp.sqrt(x) if isinstance(degree, float) and degree == 2 else _power(x, 1 / degree)
 
 
-def _piecewise(*parts: Any) -> Any:
+def _piecewise(*args: Any) -> Any:
     """Values and their conditions in turn, and the value otherwise."""
-    found = parts[-1] if len(parts) % 2 else jnp.nan
-    for i in reversed(range(0, len(parts) - 1, 2)):
-        found = jnp.where(parts[i + 1], parts[i], found)
-    return found
+    value = args[-1] if len(args) % 2 else jnp.nan
+    for i in reversed(range(0, len(args) - 1, 2)):
+        value = jnp.where(args[i + 1], args[i], value)
+    return value
 
 
-def _all(of_two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    return lambda *parts: functools.reduce(of_two, parts)
+def _all(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Make a function of two arguments one of any number of them."""
+    return lambda *args: functools.reduce(function, args)
 
 
-def _chain(of_two: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    """Whether it holds for each part and the next one."""
-    return lambda *parts: _all(jnp.logical_and)(
-        *itertools.starmap(of_two, itertools.pairwise(parts))
+def _chain(relation: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Whether a relation holds between each argument and the next one."""
+    return lambda *args: _all(jnp.logical_and)(
+        *itertools.starmap(relation, itertools.pairwise(args))
     )
 
 
-def _over(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _reciprocal(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda x: 1 / function(x)
 
 
-def _of_inverse(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda x: function(1 / jnp.asarray(x, float))  # which is infinite at zero
+def _of_reciprocal(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: function(1 / jnp.asarray(x, float))  # infinite at zero, as an array
 
 
-SHARED = (  # by their names in JAX
+# Functions that have the same name in JAX.
+FUNCTIONS_OF_JAX = (
     "abs", "exp", "floor", "sin", "cos", "tan", "sinh", "cosh", "tanh", "arcsin", "arccos",
     "arctan", "arcsinh", "arccosh", "arctanh",
 )  # fmt: skip
 RECIPROCALS = {"sec": "cos", "csc": "sin", "cot": "tan"}
-RECIPROCALS |= {f"{name}h": f"{of}h" for name, of in RECIPROCALS.items()}
+RECIPROCALS |= {f"{name}h": f"{inverse}h" for name, inverse in RECIPROCALS.items()}
 COMPARED = {"GT": jnp.greater, "GEQ": jnp.greater_equal, "LT": jnp.less, "LEQ": jnp.less_equal}
-RELATIONS = {f"RELATIONAL_{name}": _chain(each) for name, each in COMPARED.items()}
+RELATIONS = {f"RELATIONAL_{name}": _chain(relation) for name, relation in COMPARED.items()}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "PLUS": lambda *parts: functools.reduce(operator.add, parts, 0.0),
+    "PLUS": lambda *args: functools.reduce(operator.add, args, 0.0),
     "MINUS": lambda x, *y: x - y[0] if y else -x,
-    "TIMES": lambda *parts: functools.reduce(operator.mul, parts, 1.0),
+    "TIMES": lambda *args: functools.reduce(operator.mul, args, 1.0),
     "DIVIDE": operator.truediv,
     "POWER": _power,
     "FUNCTION_POWER": _power,
@@ -93,16 +95,22 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "RELATIONAL_EQ": _chain(jnp.equal),
     "RELATIONAL_NEQ": jnp.not_equal,
     **RELATIONS,
-    **{f"FUNCTION_{name.upper()}": getattr(jnp, name) for name in SHARED},
-    **{f"FUNCTION_{name.upper()}": _over(getattr(jnp, of)) for name, of in RECIPROCALS.items()},
+    **{f"FUNCTION_{name.upper()}": getattr(jnp, name) for name in FUNCTIONS_OF_JAX},
     **{
-        f"FUNCTION_ARC{name.upper()}": _of_inverse(getattr(jnp, f"arc{of}"))
-        for name, of in RECIPROCALS.items()
+        f"FUNCTION_{name.upper()}": _reciprocal(getattr(jnp, inverse))
+        for name, inverse in RECIPROCALS.items()
+    },
+    **{
+        f"FUNCTION_ARC{name.upper()}": _of_reciprocal(getattr(jnp, f"arc{inverse}"))
+        for name, inverse in RECIPROCALS.items()
     },
 }
-# PEtab's functions of one argument or two that SBML lacks, or has with arguments in another order.
+# The name that stands for PEtab's logarithm while libsbml parses a formula: SBML's has the base
+# first.
 LOG = "petab_log"
-OF_PETAB = {LOG: (1, 2), "log2": (1,), "sign": (1,)}
+# Functions of PEtab that SBML has not, and how many arguments they may have.
+FUNCTIONS_OF_PETAB = {LOG: (1, 2), "log2": (1,), "sign": (1,)}
+# Functions that need at least one argument.
 EXTREMES = "FUNCTION_MIN", "FUNCTION_MAX"
 CONSTANTS = {
     "CONSTANT_E": math.e,
@@ -136,19 +144,19 @@ def read(node: Any) -> Any:
         return float(node.getValue())
     if node.getType() == libsbml.AST_NAME:
         return node.getName()
-    parts = tuple(read(node.getChild(i)) for i in range(node.getNumChildren()))
-    if kind is None and len(parts) in OF_PETAB.get(node.getName(), ()):
-        return _of_petab(node.getName(), *parts)
-    if kind is None or (kind in EXTREMES and not parts):
+    arguments = tuple(read(node.getChild(i)) for i in range(node.getNumChildren()))
+    if kind is None and len(arguments) in FUNCTIONS_OF_PETAB.get(node.getName(), ()):
+        return _of_petab(node.getName(), *arguments)
+    if kind is None or (kind in EXTREMES and not arguments):
         raise ValueError(
             f"{arg('path')} formulas must be of functions that jaxode.petab reads; got "
             f"{libsbml.formulaToL3String(node).replace(LOG, 'log')!r}. Write it by others."
         )
-    return Formula(kind, parts)
+    return Formula(kind, arguments)
 
 
 def _of_petab(name: str, x: Any, *base: Any) -> Formula:
-    """A function of PEtab by those of SBML, whose logarithms have the base first."""
+    """A function of PEtab as one of SBML, whose logarithms have the base first."""
     if name == "sign":
         return Formula("SIGN", (x,))
     if name == "log2":
@@ -171,7 +179,7 @@ def parsed(text: str) -> Any:
         )
     formula = read(node)
     for part in within(formula):
-        if isinstance(part, Formula) and part.function in RELATIONS and len(part.parts) > 2:
+        if isinstance(part, Formula) and part.function in RELATIONS and len(part.arguments) > 2:
             raise ValueError(
                 f"{arg('path')} formulas must compare two numbers at a time; got {text!r}. Join "
                 "comparisons by && in the table of observables."
@@ -183,9 +191,9 @@ class Names(dict[str, Any]):
     """The values of names: those of `rules` by their formulas, others by `look_up(name)`."""
 
     def __init__(
-        self, rules: Mapping[str, Any], look_up: Callable[[str], Any], **known: Any
+        self, rules: Mapping[str, Any], look_up: Callable[[str], Any], **values: Any
     ) -> None:
-        super().__init__(known)
+        super().__init__(values)
         self.rules, self.look_up = rules, look_up
 
     def __missing__(self, name: str) -> Any:
@@ -200,30 +208,30 @@ def evaluate(formula: Any, names: Mapping[str, Any]) -> Any:
         return names[formula]
     if not isinstance(formula, Formula):
         return formula
-    return FUNCTIONS[formula.function](*(evaluate(part, names) for part in formula.parts))
+    return FUNCTIONS[formula.function](*(evaluate(part, names) for part in formula.arguments))
 
 
 def within(formula: Any) -> Iterator[Any]:
-    """The formula and all that are part of it."""
+    """The formula and all formulas within it."""
     yield formula
     if isinstance(formula, Formula):
-        for part in formula.parts:
+        for part in formula.arguments:
             yield from within(part)
 
 
 def reached(formula: Any, rules: Mapping[str, Any]) -> Iterator[Any]:
-    """The formula and all that are part of it, also by way of rules, each of which comes once."""
-    seen, left = set(), [formula]
+    """The formula and all formulas within it, also within the rules of its names, each once."""
+    visited, left = set(), [formula]
     while left:
         for part in within(left.pop()):
             yield part
-            if isinstance(part, str) and part not in seen:
-                seen.add(part)
+            if isinstance(part, str) and part not in visited:
+                visited.add(part)
                 left.append(rules.get(part))
 
 
 def names_in(formula: Any, rules: Mapping[str, Any]) -> set[str]:
-    """The names in a formula, also by way of rules."""
+    """The names in a formula, also in the rules of its names."""
     return {part for part in reached(formula, rules) if isinstance(part, str)}
 
 
@@ -234,7 +242,7 @@ def degree_in_time(formula: Any, rules: Mapping[str, Any]) -> int | None:
         return 1 if formula == "time" else degree_in_time(rules.get(formula), rules)
     if not isinstance(formula, Formula) or formula.function in RELATIONS:
         return 0
-    degrees = [degree_in_time(part, rules) for part in formula.parts]
+    degrees = [degree_in_time(part, rules) for part in formula.arguments]
     if all(degree == 0 for degree in degrees):
         return 0
     linear = {

@@ -12,7 +12,8 @@ from jaxode.petab.observables import Observable, observables_of, placeholders_of
 from jaxode.petab.parameters import Entries
 from jaxode.petab.tables import Table, Tables, number
 
-SETTLED = 1e8  # a time at which a state should be steady: that of pre-equilibrations, and of "inf"
+# A state should be steady at this time. It stands for "inf", and ends pre-equilibrations.
+SETTLED_TIME = 1e8
 
 
 class MeasuredSeries(NamedTuple):
@@ -21,7 +22,7 @@ class MeasuredSeries(NamedTuple):
     observable: Observable
     rows: Int[np.ndarray, " m"]
     times: Int[np.ndarray, " m"]
-    """Which of the times of its row."""
+    """The index of the time among those of its row."""
     measured: Float[np.ndarray, " m"]
     placeholders: Entries
 
@@ -32,8 +33,8 @@ class Measurements:
     def __init__(self, experiments: Experiments, tables: Tables) -> None:
         self.experiments, lines = experiments, tables.measurement
         model, parameters, row_of = experiments.model, experiments.parameters, experiments.row_of
-        known = {*experiments.field.constants, *model.states, *model.rules, "time"}
-        observables = observables_of(tables.observable, known)
+        allowed = {*experiments.field.constants, *model.states, *model.rules, "time"}
+        observables = observables_of(tables.observable, allowed)
         for line in lines:
             if line["observableId"] not in observables:
                 raise ValueError(
@@ -41,7 +42,7 @@ class Measurements:
                     f"{line['observableId']!r}. Add it."
                 )
         at = np.array([number(line, "time", "measurement") for line in lines])
-        last = 10 * np.max(at, initial=SETTLED / 10, where=np.isfinite(at))
+        last = 10 * np.max(at, initial=SETTLED_TIME / 10, where=np.isfinite(at))
         self.rests = np.isin(np.arange(max(row_of) + 1), row_of[at == np.inf])
         """Whether the last time of each row stands for infinity."""
         at = np.where(at == np.inf, last, at)
@@ -57,7 +58,7 @@ class Measurements:
             [np.searchsorted(times[row], t) for row, t in zip(row_of, at, strict=True)]
         )
         size = max(map(len, times))
-        self.ts = np.stack([np.pad(each, (0, size - len(each)), "edge") for each in times])
+        self.ts = np.stack([np.pad(t, (0, size - len(t)), "edge") for t in times])
         self.series = []
         for name, observable in observables.items():
             which = np.array(
@@ -81,9 +82,9 @@ class Measurements:
         for observable, rows, times, measured, placeholders in self.series:
             t = jnp.asarray(self.ts[rows, times])
             names = self.experiments.field.names(t, ys[rows, times], values[rows])
-            predicted, noise = observable.at(names, placeholders.of(vector))
-            of_each = observable.log_density(predicted, noise, jnp.asarray(measured))
-            total = total - jnp.sum(of_each)
+            predicted, noise = observable.at(names, placeholders.values(vector))
+            densities = observable.log_density(predicted, noise, jnp.asarray(measured))
+            total = total - jnp.sum(densities)
         return total
 
 

@@ -12,19 +12,24 @@ from jaxode._checks.caller import arg, caller
 from jaxode._checks.errors import first_row
 from jaxode.petab.tables import Table, number
 
-SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}  # the rate of the exponential
-NORMAL, UNIFORM = ("parameterScaleNormal", "normal"), ("parameterScaleUniform", "uniform", "")
-PRIORS_OF_NUMBERS = "normal", "uniform"  # priors of numbers, not of their logarithms
+# A parameter `p` on a scale stands for the number `exp(rate * p)`, or for itself if the rate is 0.
+SCALES = {"lin": 0.0, "log": 1.0, "log10": math.log(10)}
+# The names of normal priors in tables.
+NORMAL_PRIORS = "parameterScaleNormal", "normal"
+# The names of uniform priors, which are the default.
+UNIFORM_PRIORS = "parameterScaleUniform", "uniform", ""
+# Priors of the numbers themselves. The others are of parameters on their scales.
+PRIORS_OF_NUMBERS = "normal", "uniform"
 
 
 class Entries(NamedTuple):
-    """Cells of a table: numbers, or where `index` is not negative, parameters."""
+    """Cells of a table. Each holds a number or, where `index` is not negative, a parameter."""
 
     number: Float[np.ndarray, "..."]
     index: Int[np.ndarray, "..."]
 
-    def of(self, vector: Float[Array, " parameters"]) -> Float[Array, "..."]:
-        """Their values for parameters on a linear scale. NaN where a cell is empty."""
+    def values(self, vector: Float[Array, " parameters"]) -> Float[Array, "..."]:
+        """The values of the cells for parameters on a linear scale. NaN where one is empty."""
         return jnp.where(self.index >= 0, vector[self.index], self.number)
 
     @property
@@ -45,9 +50,7 @@ class Parameters:
                 f"{arg('path')} estimate must be 1 for at least one parameter; got none. Mend the "
                 "table of parameters."
             )
-        self.names = [
-            name for name, is_free in zip(self.ids, self.estimated, strict=True) if is_free
-        ]
+        self.names = [name for name, chosen in zip(self.ids, self.estimated, strict=True) if chosen]
         self.lines = {line["parameterId"]: line for line in table}
         self.rates = np.array([self._rate(line) for line in table])
         self.nominal = np.array([_number(line, "nominalValue") for line in table])
@@ -61,7 +64,7 @@ class Parameters:
         self.limits = np.array(
             [[_number(line, key) for line in table] for key in ("lowerBound", "upperBound")]
         )
-        """The bounds of all on a linear scale, `[2, parameters]`."""
+        """The bounds of all parameters on a linear scale, `[2, parameters]`."""
         low, high = map(self.scaled, self.limits)
         lost = (self.rates > 0) & (self.limits[0] <= 0)
         first_row(
@@ -84,18 +87,18 @@ class Parameters:
         return SCALES[scale]
 
     def by_name(self, values: Any) -> dict[str, Float[Array, ""]]:
-        """Those of the table that are estimated, as a dictionary."""
+        """The values of the estimated parameters, as a dictionary."""
         return dict(zip(self.names, jnp.asarray(values[self.estimated]), strict=True))
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Values on the scales of the table."""
+        """Take values from a linear scale to the scales of the table."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(
                 self.rates > 0, np.log(values) / np.where(self.rates, self.rates, 1), values
             )
 
     def check(self, params: Any) -> None:
-        """Raise if they are not a dictionary of the estimated parameters."""
+        """Raise unless `params` is a dictionary of the estimated parameters."""
         if not isinstance(params, dict):
             raise TypeError(
                 f"{arg('params')} must be a dictionary of the parameters in problem.names; got "
@@ -113,13 +116,13 @@ class Parameters:
         self.check(params)
         flat = jnp.stack([jnp.asarray(params[name], float) for name in self.names])
         rates = jnp.asarray(self.rates[self.estimated])
-        free = jnp.where(rates > 0, jnp.exp(rates * flat), flat)
-        return jnp.asarray(self.nominal).at[np.flatnonzero(self.estimated)].set(free)
+        numbers = jnp.where(rates > 0, jnp.exp(rates * flat), flat)
+        return jnp.asarray(self.nominal).at[np.flatnonzero(self.estimated)].set(numbers)
 
     def entries(
         self, cells: list[list[str]], columns: int, table: str, numbers: dict[str, Any]
     ) -> Entries:
-        """Read cells, which may also name what has a number in the model."""
+        """Read cells of numbers, parameters, or names that the model gives `numbers`."""
         read = [[self._entry(cell, table, numbers) for cell in line] for line in cells]
         shape = len(cells), columns
         return Entries(
@@ -142,63 +145,70 @@ class Parameters:
 
     def starts(self, key: PRNGKeyArray, n: int) -> dict[str, Float[Array, " n"]]:
         """Draw first guesses between the bounds, by the priors of the initialization."""
-        found, (low, high) = {}, self.bounds
-        for name, one in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
+        starts, (low, high) = {}, self.bounds
+        for name, subkey in zip(self.names, jax.random.split(key, len(self.names)), strict=True):
             kind, (first, second) = self._prior(name, "initialization")
             linear, place = kind in PRIORS_OF_NUMBERS, self.place[name]
-            ends = self.limits[:, place] if linear else np.array([low[name], high[name]])
-            if kind in NORMAL:
-                ends = (ends - first) / second
-                drawn = first + second * jax.random.truncated_normal(one, ends[0], ends[1], (n,))
+            edges = self.limits[:, place] if linear else np.array([low[name], high[name]])
+            if kind in NORMAL_PRIORS:
+                left, right = (edges - first) / second
+                drawn = first + second * jax.random.truncated_normal(subkey, left, right, (n,))
             else:
-                first, second = np.clip((first, second), *ends)
+                first, second = np.clip((first, second), *edges)
                 if not np.isfinite(second - first):
                     raise ValueError(
                         f"{caller()}: bounds must be finite to draw between them; got {first:g} "
                         f"and {second:g} for {name!r}. Mend the table of parameters."
                     )
-                drawn = jax.random.uniform(one, (n,), minval=first, maxval=second)
+                drawn = jax.random.uniform(subkey, (n,), minval=first, maxval=second)
             if linear and (rate := self.rates[place]):
                 drawn = jnp.log(drawn) / rate
-            found[name] = jnp.clip(drawn, low[name], high[name])  # of roundings
-        return found
+            starts[name] = jnp.clip(drawn, low[name], high[name])  # rounding may leave them
+        return starts
 
     def prior(self, params: dict[str, Array]) -> dict[str, Float[Array, ""]]:
         """Residuals of the parameters that have a normal objective prior."""
-        found = {}
+        residuals = {}
         for name in self.names:
             kind, (mean, deviation) = self._prior(name, "objective")
-            if kind in NORMAL:
+            if kind in NORMAL_PRIORS:
                 rate = self.rates[self.place[name]] if kind == "normal" else 0.0
                 value = jnp.exp(rate * params[name]) if rate else params[name]
-                found[name] = (value - mean) / deviation
-        return found
+                residuals[name] = (value - mean) / deviation
+        return residuals
 
-    def _prior(self, name: str, of: str) -> tuple[str, tuple[Any, Any]]:
-        """The kind of a prior and its two parameters; by default a uniform one has the bounds."""
+    def _prior(self, name: str, purpose: str) -> tuple[str, tuple[Any, Any]]:
+        """The kind of a prior and its two parameters, by default the bounds if it is uniform.
+
+        The purpose is "initialization" or "objective".
+        """
         line, (low, high) = self.lines[name], self.bounds
-        kind = line.get(f"{of}PriorType", "")
-        if kind not in NORMAL + UNIFORM:
+        kind = line.get(f"{purpose}PriorType", "")
+        if kind not in NORMAL_PRIORS + UNIFORM_PRIORS:
             raise ValueError(
-                f"{caller()}: {of}PriorType must be uniform or normal; got {kind!r} for "
+                f"{caller()}: {purpose}PriorType must be uniform or normal; got {kind!r} for "
                 f"{name!r}. Leave it out, and pass a prior of your own to jaxode.estimate."
             )
-        given = line.get(f"{of}PriorParameters", "")
-        if not given and kind in UNIFORM:
-            ends = (
+        cell = line.get(f"{purpose}PriorParameters", "")
+        if not cell and kind in UNIFORM_PRIORS:
+            edges = (
                 self.limits[:, self.place[name]]
                 if kind in PRIORS_OF_NUMBERS
                 else (low[name], high[name])
             )
-            return kind, tuple(map(float, ends))
+            return kind, tuple(map(float, edges))
         try:
-            first, second = map(float, given.split(";"))
+            first, second = map(float, cell.split(";"))
         except ValueError:
             first = second = math.nan
-        if not (second > 0 if kind in NORMAL else first <= second) or not math.isfinite(first):
-            words = "a mean and a deviation above 0" if kind in NORMAL else "two ends in order"
+        if not (second > 0 if kind in NORMAL_PRIORS else first <= second) or not math.isfinite(
+            first
+        ):
+            words = (
+                "a mean and a deviation above 0" if kind in NORMAL_PRIORS else "two ends in order"
+            )
             raise ValueError(
-                f"{caller()}: {of}PriorParameters must be {words}, as '1;2'; got {given!r} for "
+                f"{caller()}: {purpose}PriorParameters must be {words}, as '1;2'; got {cell!r} for "
                 f"{name!r}. Mend the table of parameters."
             )
         return kind, (first, second)

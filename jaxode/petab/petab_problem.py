@@ -23,16 +23,19 @@ from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
 from jaxode.petab.channels import Channels
 from jaxode.petab.experiments import Experiments
-from jaxode.petab.measurements import SETTLED, Measurements
+from jaxode.petab.measurements import SETTLED_TIME, Measurements
 from jaxode.petab.parameters import Entries, Parameters
 from jaxode.petab.sbml_model import read_model
 from jaxode.petab.tables import read_tables
 
 Params = dict[str, Float[Array, ""]]
-RESTS = 1e3  # tolerances; a state that drifts moves by half of itself, 1e7 of them
-OPTIONS = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 16384}
-
-SET = (  # options of `solve` that it sets, or has no use for
+# A state is at rest if it moves by fewer tolerances. One that drifts moves by half of itself, 1e7
+# tolerances.
+TOLERANCES_AT_REST = 1e3
+# Options of `solve` by default.
+DEFAULTS_OF_PETAB = {"solver": Rodas5P(), "rtol": 1e-8, "atol": 1e-10, "max_steps": 16384}
+# Arguments of `solve` that a problem sets itself, or that are of no use to it.
+NOT_OPTIONS_OF_PETAB = (
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw", "dense", "event",
     "jumps", "breakpoints", "axis_name", "steps", "mass",
 )  # fmt: skip
@@ -56,13 +59,13 @@ class Problem:
         self, experiments: Experiments, measurements: Measurements, options: dict[str, Any]
     ) -> None:
         self._experiments, self._measurements = experiments, measurements
-        self._given, self._options = options, OPTIONS | options
+        self._user_options, self._options = options, DEFAULTS_OF_PETAB | options
         parameters = self._parameters = experiments.parameters
         self.names, self.bounds = parameters.names, parameters.bounds
         self.nominal = parameters.by_name(parameters.scaled(parameters.nominal))
         self._breaks = experiments.switches(experiments.rows)
         self._breaks_before = experiments.switches(experiments.before)
-        self._kept = experiments.kept()
+        self._continued = experiments.continued()
         self._value = jax.jit(self._nll)
 
     @property
@@ -139,20 +142,20 @@ class Problem:
         else:
             how = {"observe": channels.observe_with_noise, "likelihood": channels.log_density}
             ys = jnp.stack([ys, jnp.full(ys.shape, jnp.nan)], axis=-1)
-        given = {"solver": self._options["solver"]}
-        # By default few: far from the best parameters, solves that fail should do so soon.
-        if "max_steps" in self._given:
-            given["max_steps"] = self._given["max_steps"]
+        arguments = {"solver": self._options["solver"]}
+        # Few steps by default: solves that fail far from the best parameters should do so soon.
+        if "max_steps" in self._user_options:
+            arguments["max_steps"] = self._user_options["max_steps"]
         if self._breaks is not None:
-            given["breakpoints"] = self._breaks
-        given |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
-        given |= how | ({"prior": self.prior} if self.prior(self.nominal) else {})
-        found = estimate(
-            self.f, self.y0, jnp.asarray(measurements.ts), ys, starts, **(given | options)
+            arguments["breakpoints"] = self._breaks
+        arguments |= {"bounds": self.bounds, "match": False, "row_args": self.row_args}
+        arguments |= how | ({"prior": self.prior} if self.prior(self.nominal) else {})
+        best = estimate(
+            self.f, self.y0, jnp.asarray(measurements.ts), ys, starts, **(arguments | options)
         )
         if measurements.rests.any() or len(self._experiments.before.number):
-            self.nll(found.params)  # which warns of states that are not at rest
-        return eqx.tree_at(lambda each: each.nll, found, found.nll + channels.shift)
+            self.nll(best.params)  # warns of states that are not at rest
+        return eqx.tree_at(lambda result: result.nll, best, best.nll + channels.shift)
 
     @functools.cached_property
     def _channels(self) -> Channels:
@@ -164,8 +167,8 @@ class Problem:
         return self._channels.row_args
 
     def _nll(self, params: Params) -> tuple[Float[Array, ""], Bool[Array, " solves"]]:
-        """Minus the log-likelihood, and whether a state of each pre-equilibration, and of each row
-        at a time of infinity, is not at rest."""
+        """Minus the log-likelihood, and which solves have a state that still moves: of each
+        pre-equilibration, and of each row at a time of infinity."""
         vector, measurements = self._parameters.vector(params), self._measurements
         values, y0, before = self._start(vector, DiscreteAdjoint())
         ys, moving = self._solved(
@@ -176,25 +179,26 @@ class Problem:
     def _start(
         self, vector: Array, adjoint: Adjoint
     ) -> tuple[Array, Array, Bool[Array, " solves"]]:
-        """The constants and states of all rows at time 0, and whether those of each
-        pre-equilibration are not at rest, where the states are NaN."""
+        """The constants and states of all rows at time 0, and which pre-equilibrations have a state
+        that still moves: the states of their rows are NaN."""
         experiments = self._experiments
         values, y0 = experiments.start(vector, experiments.rows)
         count = len(experiments.before.number)
         if not count:
             return values, y0, jnp.zeros(0, bool)
-        ts, rests = np.full((count, 1), SETTLED), np.ones(count, bool)
+        ts, rests = np.full((count, 1), SETTLED_TIME), np.ones(count, bool)
         before = experiments.start(vector, experiments.before)
         settled, moving = self._solved(*before, ts, self._breaks_before, adjoint, rests)
-        y0 = jnp.where(self._kept, settled[experiments.before_of, 0], y0)
+        y0 = jnp.where(self._continued, settled[experiments.before_of, 0], y0)
         return values, y0, moving
 
     def _solved(
         self, values, y0, ts, breakpoints, adjoint, rests
     ) -> tuple[Float[Array, "rows times n"], Bool[Array, " rows"]]:
-        """States at the times of each row, and whether those of rows that should rest move.
+        """States at the times of each row, and which rows move that should be at rest.
 
-        A state is at rest if the second half of its time moves it by less than `RESTS` tolerances.
+        A state is at rest if the second half of its time moves it by less than
+        `TOLERANCES_AT_REST`.
         """
         half = np.where(rests, ts[:, -1] / 2, ts[:, -1])[:, None]
         every = np.sort(np.concatenate([ts, half], axis=1), axis=1) if rests.any() else ts
@@ -211,7 +215,7 @@ class Problem:
 
         last, before = jax.lax.stop_gradient((ys[:, -1], at(half)[:, 0]))
         limit = self._options["atol"] + self._options["rtol"] * jnp.abs(last)
-        moving = rests & jnp.any(jnp.abs(last - before) > RESTS * limit, axis=1)
+        moving = rests & jnp.any(jnp.abs(last - before) > TOLERANCES_AT_REST * limit, axis=1)
         return jnp.where(moving[:, None, None], jnp.nan, at(ts)), moving
 
     def _slope(self, t, y, args):
@@ -219,8 +223,8 @@ class Problem:
 
 
 def _places(every: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Where times of each row, `[rows, times]`, stand among all in their order."""
-    return np.array([np.searchsorted(*each) for each in zip(every, times, strict=True)])
+    """The places of the times of each row, `[rows, times]`, among `every` time of it, in order."""
+    return np.array([np.searchsorted(*pair) for pair in zip(every, times, strict=True)])
 
 
 @public("petab.load")
@@ -263,7 +267,7 @@ def load(path: str | Path, **options: Any) -> Problem:
             "jax.config.update('jax_enable_x64', True) first."
         )
     for name in options:
-        if name in SET or name not in inspect.signature(solve).parameters:
+        if name in NOT_OPTIONS_OF_PETAB or name not in inspect.signature(solve).parameters:
             raise TypeError(f"{arg(name)} is not an option of petab.load. Leave it out.")
     tables = read_tables(path)
     experiments = Experiments(read_model(tables.sbml), Parameters(tables.parameter), tables)

@@ -15,9 +15,9 @@ class Form(NamedTuple):
     """Laws that are equal but for their names."""
 
     pattern: Any
-    """The formula, with "0", "1" and so on for names."""
+    """The formula, with "0", "1" and so on in place of names."""
     place: Int[np.ndarray, "names laws"]
-    """Where each of these is among all numbers."""
+    """The index of each name of each law among all numbers."""
 
 
 class ModelField:
@@ -45,10 +45,10 @@ class ModelField:
         self._sizes = np.array([place[size] for size in model.sizes])
 
     def names(self, t: Any, y: Float[Array, "... n"], values: Float[Array, "... k"]) -> Names:
-        """The values of names."""
-        found = Names(self.model.rules, lambda name: values[..., self.constants[name]], time=t)
-        found.update({name: y[..., i] for i, name in enumerate(self.model.states)})
-        return found
+        """The values of names at a time, of a state and constants."""
+        names = Names(self.model.rules, lambda name: values[..., self.constants[name]], time=t)
+        names.update({name: y[..., i] for i, name in enumerate(self.model.states)})
+        return names
 
     def __call__(
         self, t: Float[Array, ""], y: Float[Array, " n"], values: Float[Array, " k"]
@@ -59,18 +59,18 @@ class ModelField:
         numbers = jnp.concatenate([y, values, jnp.stack([*follow, jnp.ones((), y.dtype)])])
         rates = []
         for form in self._forms:
-            these = {str(i): numbers[place] for i, place in enumerate(form.place)}
+            values_of_names = {str(i): numbers[place] for i, place in enumerate(form.place)}
             shape = form.place.shape[1:] or (1,)
-            rate = jnp.asarray(evaluate(form.pattern, these), y.dtype)
+            rate = jnp.asarray(evaluate(form.pattern, values_of_names), y.dtype)
             rates.append(jnp.broadcast_to(rate, shape))
         return jnp.asarray(self._stoichiometry) @ jnp.concatenate(rates) / numbers[self._sizes]
 
 
 def _pattern(formula: Any, names: list[str]) -> Any:
-    """The formula with numbers for its names, which are added to `names`."""
+    """The formula with its names replaced by their numbers. Appends them to `names`."""
     if isinstance(formula, str):
         names.append(formula)
         return str(len(names) - 1)
     if not isinstance(formula, Formula):
         return formula
-    return Formula(formula.function, tuple(_pattern(part, names) for part in formula.parts))
+    return Formula(formula.function, tuple(_pattern(part, names) for part in formula.arguments))

@@ -47,7 +47,7 @@ def read_model(path: Path) -> Model:
 
     document = libsbml.readSBML(str(path))
     wrong = [document.getError(i) for i in range(document.getNumErrors())]
-    wrong = [each for each in wrong if each.getSeverity() >= libsbml.LIBSBML_SEV_ERROR]
+    wrong = [error for error in wrong if error.getSeverity() >= libsbml.LIBSBML_SEV_ERROR]
     if wrong or document.getModel() is None:
         got = wrong[0].getMessage().strip() if wrong else "no model"
         raise ValueError(
@@ -58,32 +58,35 @@ def read_model(path: Path) -> Model:
         properties.addOption(option, True)
         document.convert(properties)
     model = document.getModel()
-    if parts := list(_unread(model)):
+    if unread := list(_unread(model)):
         raise ValueError(
-            f"{arg('path')} {path.name} must be a model without {' and '.join(parts)}, which "
+            f"{arg('path')} {path.name} must be a model without {' and '.join(unread)}, which "
             "jaxode.petab does not read. Leave them out, or solve the model by jaxode.solve."
         )
     return _model(model)
 
 
 def _unread(model: Any) -> Iterator[str]:
-    """Name what is in a model and cannot be solved."""
+    """Name the parts of a model that are not read."""
     if events := [event.getId() or "without a name" for event in model.getListOfEvents()]:
         yield f"events ({', '.join(events[:5])})"
     rules = list(model.getListOfRules())
     if any(rule.isAlgebraic() for rule in rules):
         yield "algebraic rules"
     assigned = {rule.getVariable() for rule in rules if not rule.isAlgebraic()}
-    computed = assigned | {each.getSymbol() for each in model.getListOfInitialAssignments()}
-    references = [each for reaction in model.getListOfReactions() for each in _sides(reaction)]
-    if any(each.isSetStoichiometryMath() or each.getId() in computed - {""} for each in references):
+    assignments = model.getListOfInitialAssignments()
+    computed = (assigned | {assignment.getSymbol() for assignment in assignments}) - {""}
+    references = [side for reaction in model.getListOfReactions() for side in _sides(reaction)]
+    if any(side.isSetStoichiometryMath() or side.getId() in computed for side in references):
         yield "stoichiometries that are computed"
     species = list(model.getListOfSpecies())
-    if model.isSetConversionFactor() or any(each.isSetConversionFactor() for each in species):
+    if model.isSetConversionFactor() or any(kind.isSetConversionFactor() for kind in species):
         yield "conversion factors"
-    if inside := [each.getId() for each in _moved(model) if each.getCompartment() in assigned]:
+    changed = _species_changed(model)
+    if inside := [kind.getId() for kind in changed if kind.getCompartment() in assigned]:
         yield f"species in a compartment whose size changes ({', '.join(inside[:5])})"
-    if missing := [each.getId() for each in model.getListOfReactions() if not each.getKineticLaw()]:
+    reactions = list(model.getListOfReactions())
+    if missing := [reaction.getId() for reaction in reactions if not reaction.getKineticLaw()]:
         yield f"reactions without a kinetic law ({', '.join(missing[:5])})"
 
 
@@ -91,57 +94,59 @@ def _sides(reaction: Any) -> list[Any]:
     return [*reaction.getListOfReactants(), *reaction.getListOfProducts()]
 
 
-def _moved(model: Any) -> list[Any]:
+def _species_changed(model: Any) -> list[Any]:
     """Species that reactions change."""
     ruled = {rule.getVariable() for rule in model.getListOfRules()}
     changed = {
-        each.getSpecies() for reaction in model.getListOfReactions() for each in _sides(reaction)
+        side.getSpecies() for reaction in model.getListOfReactions() for side in _sides(reaction)
     }
 
     def fixed(species):
         return species.getBoundaryCondition() or species.getConstant()
 
     return [
-        each
-        for each in model.getListOfSpecies()
-        if each.getId() in changed - ruled and not fixed(each)
+        species
+        for species in model.getListOfSpecies()
+        if species.getId() in changed - ruled and not fixed(species)
     ]
 
 
 def _initial(model: Any) -> dict[str, Any]:
     """The formula or the number of each name at the start."""
-    found: dict[str, Any] = {}
-    for each in model.getListOfCompartments():
-        found[each.getId()] = float(each.getSize()) if each.isSetSize() else 1.0
-    for each in model.getListOfParameters():
-        found[each.getId()] = float(each.getValue()) if each.isSetValue() else float("nan")
-    for each in model.getListOfSpecies():
-        by_amount, size = each.getHasOnlySubstanceUnits(), each.getCompartment()
-        value: Any = float("nan")
-        if each.isSetInitialConcentration():
-            value = float(each.getInitialConcentration())
-            value = Formula("TIMES", (value, size)) if by_amount else value
-        elif each.isSetInitialAmount():
-            value = float(each.getInitialAmount())
-            value = value if by_amount else Formula("DIVIDE", (value, size))
-        found[each.getId()] = value
-    for each in model.getListOfInitialAssignments():
-        found[each.getSymbol()] = read(each.getMath())
-    return found
+    initial: dict[str, Any] = {}
+    for compartment in model.getListOfCompartments():
+        size = float(compartment.getSize()) if compartment.isSetSize() else 1.0
+        initial[compartment.getId()] = size
+    for parameter in model.getListOfParameters():
+        value = float(parameter.getValue()) if parameter.isSetValue() else float("nan")
+        initial[parameter.getId()] = value
+    for species in model.getListOfSpecies():
+        initial[species.getId()] = _initial_of_species(species)
+    for assignment in model.getListOfInitialAssignments():
+        initial[assignment.getSymbol()] = read(assignment.getMath())
+    return initial
+
+
+def _initial_of_species(species: Any) -> Any:
+    """The initial amount or concentration of a species, NaN if the model has none."""
+    by_amount, size = species.getHasOnlySubstanceUnits(), species.getCompartment()
+    if species.isSetInitialConcentration():
+        value = float(species.getInitialConcentration())
+        return Formula("TIMES", (value, size)) if by_amount else value
+    if species.isSetInitialAmount():
+        value = float(species.getInitialAmount())
+        return value if by_amount else Formula("DIVIDE", (value, size))
+    return float("nan")
 
 
 def _model(model: Any) -> Model:
-    species, reactions = _moved(model), list(model.getListOfReactions())
-    rules = {
-        each.getVariable(): read(each.getMath())
-        for each in model.getListOfRules()
-        if each.isAssignment()
-    }
-    rates = {
-        each.getVariable(): read(each.getMath()) for each in model.getListOfRules() if each.isRate()
-    }
-    kinetic = {each.getId(): read(each.getKineticLaw().getMath()) for each in reactions}
-    states = (*(each.getId() for each in species), *rates)
+    species, reactions = _species_changed(model), list(model.getListOfReactions())
+    rules, rates = {}, {}
+    for rule in model.getListOfRules():
+        formulas = rules if rule.isAssignment() else rates
+        formulas[rule.getVariable()] = read(rule.getMath())
+    kinetic = {reaction.getId(): read(reaction.getKineticLaw().getMath()) for reaction in reactions}
+    states = (*(kind.getId() for kind in species), *rates)
     if not states:
         raise ValueError(
             f"{arg('path')} the model must have a species that a reaction changes, or a rate rule; "
@@ -152,12 +157,12 @@ def _model(model: Any) -> Model:
     place = {name: i for i, name in enumerate(states[: len(species)])}
     for j, reaction in enumerate(reactions):
         for sign, side in ((-1, reaction.getListOfReactants()), (1, reaction.getListOfProducts())):
-            for each in side:
-                if each.getSpecies() in place:
-                    stoichiometry[place[each.getSpecies()], j] += sign * each.getStoichiometry()
-    sizes = [None if each.getHasOnlySubstanceUnits() else each.getCompartment() for each in species]
+            for reference in side:
+                if (name := reference.getSpecies()) in place:
+                    stoichiometry[place[name], j] += sign * reference.getStoichiometry()
+    sizes = [None if kind.getHasOnlySubstanceUnits() else kind.getCompartment() for kind in species]
     laws = (*kinetic.values(), *rates.values())
-    initial = {name: each for name, each in _initial(model).items() if name not in rules}
+    initial = {name: value for name, value in _initial(model).items() if name not in rules}
     return Model(
         initial, {**rules, **kinetic}, states, laws, stoichiometry, (*sizes, *[None] * len(rates)),
         tuple(_switches([*rules.values(), *laws], rules, states)),
@@ -166,23 +171,24 @@ def _model(model: Any) -> Model:
 
 def _switches(formulas: list[Any], rules: dict[str, Any], states: tuple[str, ...]):
     """Both sides of relations that depend on time, and not on the state."""
-    found = {}
+    switches = {}
     for part in (part for formula in formulas for part in within(formula)):
         if isinstance(part, Formula) and part.function in RELATIONS:
-            for sides in itertools.pairwise(part.parts):
+            for sides in itertools.pairwise(part.arguments):
                 names = names_in(Formula("MINUS", sides), rules)
                 if "time" in names and not names & set(states):
                     _check_switch(Formula("MINUS", sides), rules)
-                    found[sides] = None
-    return found
+                    switches[sides] = None
+    return switches
 
 
-def _check_switch(apart: Formula, rules: dict[str, Any]) -> None:
-    """Raise unless the difference of both sides is linear in time, or steps where others switch."""
-    degree = degree_in_time(apart, rules)
+def _check_switch(difference: Formula, rules: dict[str, Any]) -> None:
+    """Raise unless the difference of both sides is linear in time, or is constant between other
+    switches."""
+    degree = degree_in_time(difference, rules)
     steps = (
         isinstance(part, Formula) and part.function in RELATIONS and "time" in names_in(part, rules)
-        for part in reached(apart, rules)
+        for part in reached(difference, rules)
     )  # fmt: skip
     if degree is None or (degree == 1 and any(steps)):
         raise ValueError(

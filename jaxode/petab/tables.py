@@ -40,7 +40,7 @@ def read_tables(path: Any) -> Tables:
         content = None
     content = content if isinstance(content, dict) else {}
     problems = content.get("problems")
-    if not isinstance(problems, list) or not all(isinstance(each, dict) for each in problems):
+    if not isinstance(problems, list) or not all(isinstance(entry, dict) for entry in problems):
         raise ValueError(
             f"{arg('path')} must be the YAML file of a PEtab problem; got {path.name!r}, which has "
             "no problems. Pass the file that names the tables."
@@ -51,15 +51,15 @@ def read_tables(path: Any) -> Tables:
             f"{content.get('format_version')!r} and {len(problems)} problems. Write a file for "
             "each."
         )
-    given = {**problems[0], "parameter_files": content.get("parameter_file")}
+    entry = {**problems[0], "parameter_files": content.get("parameter_file")}
 
     def files(kind):
-        return _files(path, given, f"{kind}_files")
+        return _files(path, entry, f"{kind}_files")
 
-    (sbml, *others), tables = files("sbml"), {}
-    if others:
+    models, tables = files("sbml"), {}
+    if len(models) > 1:
         raise ValueError(
-            f"{arg('path')} must have one model; got {1 + len(others)} sbml_files. Write a file "
+            f"{arg('path')} must have one model; got {len(models)} sbml_files. Write a file "
             "for each."
         )
     for kind, columns in COLUMNS.items():
@@ -68,11 +68,11 @@ def read_tables(path: Any) -> Tables:
             _check_unique([line[columns[0]] for line in tables[kind]], columns[0], kind)
     if not tables["measurement"]:
         raise ValueError(f"{arg('path')} must have measurements; got an empty table. Add them.")
-    return Tables(sbml, **tables)
+    return Tables(models[0], **tables)
 
 
 def number(line: dict[str, str], column: str, kind: str) -> float:
-    """The number in a cell of the table of that kind. NaN where it is empty."""
+    """The number in a cell of a table of some kind. NaN if it is empty."""
     try:
         return float(line[column] or "nan")
     except ValueError:
@@ -96,8 +96,9 @@ def _check_unique(names: list[str], column: str, kind: str) -> None:
             )
 
 
-def _files(path: Path, given: dict[str, Any], key: str) -> list[Path]:
-    named = given.get(key) or []
+def _files(path: Path, entry: dict[str, Any], key: str) -> list[Path]:
+    """The files that an entry of the YAML file names under a key."""
+    named = entry.get(key) or []
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(f"{arg('path')} {key} must be names of files; got {named!r}. Mend them.")

@@ -102,6 +102,7 @@ FIRST = {
         "tests/estimation/test_estimate.py",
     ),
     "estimation/estimate": ("tests/estimation/test_reports.py",),
+    "estimation/best_fit": ("tests/estimation/test_reports.py",),
     "estimation/observed/likelihoods": ("tests/estimation/test_likelihoods.py",),
     "estimation/populations/marginal": ("tests/estimation/test_population.py",),
     "estimation/populations/maximum": ("tests/estimation/test_population.py",),
@@ -235,11 +236,12 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("auditing/checks.py", "if not isinstance(adjoint, DiscreteAdjoint):",
      "if isinstance(adjoint, DiscreteAdjoint):"),
     # Two measurements at one time count as one.
-    ("petab/channels.py", "seen.get((row, time, key), -1) + 1", "0"),
+    ("petab/channels.py", "repeats.get((row, time, key), -1) + 1", "0"),
     # Laplace's noise is taken for normal noise, and the other way round.
     ("petab/channels.py", 'np.repeat([kind == "laplace"', 'np.repeat([kind != "laplace"'),
     # What a condition sets is lost where it follows another.
-    ("petab/experiments.py", "kept[:, i] &= self.rows.empty", "kept[:, i] |= self.rows.empty"),
+    ("petab/experiments.py", "continued[:, i] &= self.rows.empty",
+     "continued[:, i] |= self.rows.empty"),
     # An empty cell of a condition is NaN.
     ("petab/experiments.py", "jnp.where(jnp.isnan(cell), default, cell)", "cell"),
     # A switch at an estimated time is missed, and biases the gradient.
@@ -252,22 +254,23 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A concentration changes as fast as an amount.
     ("petab/sbml_field.py", " / numbers[self._sizes]", ""),
     # The last condition that holds decides, instead of the first.
-    ("petab/formulas.py", "reversed(range(0, len(parts) - 1, 2))", "range(0, len(parts) - 1, 2)"),
+    ("petab/formulas.py", "reversed(range(0, len(args) - 1, 2))", "range(0, len(args) - 1, 2)"),
     ("petab/formulas.py", "jnp.log(x) / jnp.log(base)", "jnp.log(base) / jnp.log(x)"),
     # SBML has the base of a logarithm first, PEtab second.
     ("petab/formulas.py", "(*base, x)) if base", "(x, *base)) if base"),
-    ("petab/formulas.py", "_over(getattr(jnp, of))", "getattr(jnp, of)"),
+    ("petab/formulas.py", "_reciprocal(getattr(jnp, inverse))",
+     "getattr(jnp, inverse)"),
     # An observable has the measurements of others.
     ("petab/measurements.py", "place[which], measured[which]",
      "place[which], measured[: len(which)]"),
     # The logarithm of a measurement of zero makes all likelihoods NaN.
     ("petab/measurements.py", "(measured > 0) | ~logarithmic", "(measured >= 0) | ~logarithmic"),
     # Two molecules react as one.
-    ("petab/sbml_model.py", "sign * each.getStoichiometry()", "sign"),
+    ("petab/sbml_model.py", "sign * reference.getStoichiometry()", "sign"),
     # An amount is taken for a concentration.
     ("petab/sbml_model.py", 'Formula("DIVIDE", (value, size))', "value"),
     # A model is solved without its events.
-    ("petab/sbml_model.py", "if parts := list(_unread(model)):", "if parts := []:"),
+    ("petab/sbml_model.py", "if unread := list(_unread(model)):", "if unread := []:"),
     # Likelihoods of logarithmic observables lack the change of variables.
     ("petab/observables.py", "jnp.log(measured) + math.log(SCALES[self.scale])",
      "jnp.zeros_like(measured)"),
@@ -280,23 +283,24 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # First guesses by a prior on the linear scale are not on that of the table.
     ("petab/parameters.py", "if linear and (rate", 'if kind == "" and (rate'),
     # First guesses leave the bounds, beyond which there is no logarithm.
-    ("petab/parameters.py", "truncated_normal(one, ends[0], ends[1], (n,))", "normal(one, (n,))"),
+    ("petab/parameters.py", "truncated_normal(subkey, left, right, (n,))",
+     "normal(subkey, (n,))"),
     # A prior without its parameters has the bounds as its mean and deviation.
-    ("petab/parameters.py", "not given and kind in UNIFORM", "not given"),
+    ("petab/parameters.py", "not cell and kind in UNIFORM_PRIORS", "not cell"),
     # Natural logarithms count as those to base 10.
     ("petab/parameters.py", '"log": 1.0', '"log": math.log(10)'),
     # An estimate has another likelihood than `Problem.nll`.
-    ("petab/petab_problem.py", "found.nll + channels.shift", "found.nll - channels.shift"),
+    ("petab/petab_problem.py", "best.nll + channels.shift", "best.nll - channels.shift"),
     # An estimate forgets the priors of the table.
     ("petab/petab_problem.py", '{"prior": self.prior} if self.prior(self.nominal)',
      '{"prior": self.prior} if not self.prior(self.nominal)'),
     # A problem is solved from the start of the model, not from its steady state.
     ("petab/petab_problem.py",
-     "jnp.where(self._kept, settled[experiments.before_of, 0], y0)", "y0"),
+     "jnp.where(self._continued, settled[experiments.before_of, 0], y0)", "y0"),
     # A state that drifts counts as steady.
     ("petab/petab_problem.py", "moving = rests & jnp.any(", "moving = ~rests & jnp.any("),
     # A finite time beyond 1e8 becomes that.
-    ("petab/measurements.py", "np.where(at == np.inf, last, at)", "np.minimum(at, SETTLED)"),
+    ("petab/measurements.py", "np.where(at == np.inf, last, at)", "np.minimum(at, SETTLED_TIME)"),
     # A table that a spreadsheet has written lacks its first column.
     ("petab/tables.py", 'encoding="utf-8-sig"', 'encoding="utf-8"'),
     # Of conditions of one name, the last stands for all.
@@ -535,16 +539,16 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Two digits of an estimate are shown.
     ("estimation/search/progress_lines.py", "DIGITS = 5", "DIGITS = 2"),
     # Criteria do not count the noise that the residuals say.
-    ("estimation/estimate.py", "square / degrees, parameters + 1",
+    ("estimation/best_fit.py", "square / degrees, parameters + 1",
      "square / degrees, parameters"),
     # A search has converged wherever it ends.
-    ("estimation/estimate.py", "gain < SAME_NATS * fit.scale", "gain < np.inf"),
-    ("estimation/estimate.py", "if not converged and is_vague", "if False and is_vague"),
+    ("estimation/best_fit.py", "gain < SAME_NATS * fit.scale", "gain < np.inf"),
+    ("estimation/best_fit.py", "if not converged and is_vague", "if False and is_vague"),
     # What is left to gain is in directions of rounding, too.
     ("estimation/uncertainty.py", "determined = values > max(values[0], 1e-30) * tiny",
      "determined = values > 0"),
     # A parameter that equal bounds fix counts as one.
-    ("estimation/estimate.py", "parameters = int(search.bounds.movable.sum())",
+    ("estimation/best_fit.py", "parameters = int(search.bounds.movable.sum())",
      "parameters = len(flat)"),
     ("estimation/observed/observations.py", "int(bounds.movable.sum()))",
      "flats.shape[1])"),
@@ -556,9 +560,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/prediction.py",
      'check_knots("ts", problem.row_args, (problem.t0, times[..., -1]))', "pass"),
     # A parameter at its upper bound has an error as if it were movable.
-    ("estimation/estimate.py", " | (fit.flat >= np.asarray(bounds.upper))", ""),
+    ("estimation/best_fit.py", " | (fit.flat >= np.asarray(bounds.upper))", ""),
     # Ends that are far less likely are told as likely.
-    ("estimation/estimate.py", "errors, flats[alike])", "errors, flats)"),
+    ("estimation/best_fit.py", "errors, flats[alike])", "errors, flats)"),
     ("estimation/estimate.py", "math.log(self._counts[1])", "math.log(self._counts[0])"),
     # Wrong values of the likelihood of counts.
     ("estimation/observed/likelihoods.py", "            + lgamma(observed + 1)\n",

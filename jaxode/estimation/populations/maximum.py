@@ -20,7 +20,7 @@ from jaxode.estimation.populations.marginal import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class PopulationLimits:
     """When the searches of a population end, how far they step, and what is undetermined.
 
     Distances are in standard errors, by the information on all parameters, or in the units of
@@ -59,7 +59,7 @@ class Limits:
     """Floor of the information on a parameter, in its unit, where it scales steps."""
 
 
-LIMITS = Limits()
+LIMITS = PopulationLimits()
 
 
 class Total(NamedTuple):
@@ -144,9 +144,9 @@ class PopulationLikelihood:
         unit is one, but no more than 100 of their standard errors; or only these if the guess is
         zero, which says nothing about a unit.
         """
-        known = np.diag(information)
+        diagonal = np.diag(information)
         n, q = self.population.shared, len(self.population.places)
-        errors = LIMITS.widest_unit / np.sqrt(np.where(known > 0, known, np.inf))
+        errors = LIMITS.widest_unit / np.sqrt(np.where(diagonal > 0, diagonal, np.inf))
         units = np.where(theta == 0, errors, np.minimum(errors, 1.0))
         root = self.population.split(jnp.asarray(theta))[1]
         spread = LIMITS.deviations_in_unit * np.asarray(root).diagonal()
@@ -233,11 +233,11 @@ class PopulationLikelihood:
         """Newton's method with the Hessian at `theta`."""
         best, units = self.at(theta), self.units(theta)
         hessian = self._hessian(theta, best, units)
-        known = _covariance(hessian, units, best.scores.dtype)
-        if known is None:
+        determined = _covariance(hessian, units, best.scores.dtype)
+        if determined is None:
             unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
             return Maximum(theta, best.value, unknown, False, none)
-        covariance, undetermined = known
+        covariance, undetermined = determined
         for _ in range(LIMITS.newton_steps):
             trial_theta = theta - covariance @ best.scores
             last, trial = list(self.last), self.at(trial_theta)
@@ -282,8 +282,8 @@ def _covariance(
     if not np.isfinite(hessian).all():
         return None
     # Eigenvalues are known up to rounding of the largest: choose units in which they are alike.
-    known = np.maximum(np.diag(hessian), LIMITS.least_information / units**2)
-    units = np.minimum(units, LIMITS.widest_unit / np.sqrt(known))
+    information = np.maximum(np.diag(hessian), LIMITS.least_information / units**2)
+    units = np.minimum(units, LIMITS.widest_unit / np.sqrt(information))
     curvatures, along = np.linalg.eigh(hessian * np.outer(units, units))
     rounding = 100 * np.finfo(dtype).eps * curvatures.max()
     least = max(LIMITS.flat_curvature, rounding)

@@ -155,8 +155,7 @@ def _improved_on_parts(search: MultiStart, runs: Runs, matched: bool) -> tuple[R
     that went astray, or ended above their start. Also returns whether the budget lasted for that.
     """
     end, costs = end_of_part(search.problem, 0), np.zeros(0)
-    parts = range(len(PARTS_OF_TIMES) - 1)
-    for number in parts:
+    for number in range(len(PARTS_OF_TIMES) - 1):
         if search.budget.over:
             return runs, False
         end = end_of_part(search.problem, number)
@@ -259,12 +258,16 @@ def _distinct(runs: Runs, costs: np.ndarray, slack: float) -> Runs:
 
     The best run of each start goes on, and so do the best eight.
     """
-    flats, kept, place = runs.flats, [], np.full(len(costs) + 1, -1)  # the last for those given up
+    flats, distinct, place = (
+        runs.flats,
+        [],
+        np.full(len(costs) + 1, -1),
+    )  # the last for those given up
     better = set(runs.best(costs))
     order = np.argsort(costs, kind="stable")
     for i in order[np.isfinite(costs[order])]:
         same = [
-            number for number, j in enumerate(kept)
+            number for number, j in enumerate(distinct)
             if costs[i] - costs[j] <= SAME_END * abs(costs[j])
             and np.max(np.abs(flats[i] - flats[j]) / (1 + np.abs(flats[j]))) < SAME_END
         ]  # fmt: skip
@@ -272,9 +275,9 @@ def _distinct(runs: Runs, costs: np.ndarray, slack: float) -> Runs:
             place[i] = same[0]
         elif (
             i in better
-            or len(kept) < STARTS_AT_ONCE
-            or costs[i] <= _limit(float(costs[kept[0]]), slack)
+            or len(distinct) < STARTS_AT_ONCE
+            or costs[i] <= _limit(float(costs[distinct[0]]), slack)
         ):
-            place[i] = len(kept)
-            kept.append(i)
-    return Runs(flats[kept], place[runs.of_start])
+            place[i] = len(distinct)
+            distinct.append(i)
+    return Runs(flats[distinct], place[runs.of_start])
