@@ -14,7 +14,7 @@ from scipy.special import expit, i0, ndtr, ndtri
 from jaxode import tabular
 from jaxode.nn import Residual
 from jaxode.tabular import fit_table
-from jaxode.tabular.categorical import WIDTH, Categories
+from jaxode.tabular.categorical import CATEGORY_WIDTH, Categories
 from jaxode.training import fit
 
 KAPPA = 1.5  # of angles
@@ -123,10 +123,11 @@ def _drawn_categories(encoder, parts, *_):
         return (rng.normal(size=(n, m)) / max(m, 1) ** 0.5).astype(np.float32)
 
     network = Categories(
-        direct=total**0.5 * draw(total, total), inner=total**0.5 * draw(WIDTH, total),
-        middle=draw(WIDTH, WIDTH), outer=draw(total, WIDTH), shared=draw(WIDTH, features),
+        direct=total**0.5 * draw(total, total), inner=total**0.5 * draw(CATEGORY_WIDTH, total),
+        middle=draw(CATEGORY_WIDTH, CATEGORY_WIDTH), outer=draw(total, CATEGORY_WIDTH),
+        shared=draw(CATEGORY_WIDTH, features),
         bias=np.log((np.concatenate(shares) + 0.5) / len(modes)).astype(np.float32),
-        offset=np.zeros(WIDTH, np.float32), sizes=sizes,
+        offset=np.zeros(CATEGORY_WIDTH, np.float32), sizes=sizes,
     )  # fmt: skip
     return network, []
 

@@ -38,7 +38,7 @@ from benchmarks.harness import show
 from benchmarks.harness.benchmark import Benchmark, Result, Results
 from benchmarks.harness.fairness import Bench
 from benchmarks.harness.posterior_tasks import TASKS, Task, reference
-from jaxode.tabular.fit_table import BATCH_OF_MEMBER, WIDTH_OF_MEMBER
+from jaxode.tabular.fit_table import MEMBER_BATCH, MEMBER_WIDTH
 
 HELD_OUT, OBSERVATIONS = 1000, 10
 PROPOSALS = 5  # for each weighted sample
@@ -93,10 +93,10 @@ def residual(theta, numbers: int, size: Size, key):
 
 def by_five(task: Task, theta, x, size: Size, key):
     key, fit_key = jax.random.split(key)
-    narrow = size._replace(network={"width": WIDTH_OF_MEMBER} | size.network)
+    narrow = size._replace(network={"width": MEMBER_WIDTH} | size.network)
     make = lambda key: residual(theta, x.shape[1], narrow, key)
     network, steps = jaxode.nn.Ensemble(make, MEMBERS, key=key), -(-size.fit["steps"] // MEMBERS)
-    fit = {"steps": steps, "batch_size": BATCH_OF_MEMBER}
+    fit = {"steps": steps, "batch_size": MEMBER_BATCH}
     return trained(task, theta, x, size, fit_key, network, fit)
 
 

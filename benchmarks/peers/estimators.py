@@ -25,7 +25,7 @@ import jaxode
 from benchmarks.harness.table_data import Table
 from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
-from jaxode.tabular.fit_table import WIDTH_OF_MEMBER
+from jaxode.tabular.fit_table import MEMBER_WIDTH
 from jaxode.training.dataset import MAX_VALIDATION_ROWS
 from jaxode.training.loop import MAX_EXACT_DIMENSIONS, VALIDATION_STEP_RATIO, Clock
 
@@ -301,7 +301,7 @@ OF_ZUKO = {
 OF_FLOWJAX = {"": {}, "width 128": {"nn_width": 128}, "rate 2e-3": {"rate": 2e-3}}
 CONTENDERS = {
     "jaxode": Contender(by_jaxode, WIDTHS),
-    "jaxode, five networks": Contender(by_jaxode, {"": {"members": 5, "width": WIDTH_OF_MEMBER}}),
+    "jaxode, five networks": Contender(by_jaxode, {"": {"members": 5, "width": MEMBER_WIDTH}}),
     "torchcfm": Contender(by_torchcfm, WIDTHS),
     "zuko NSF": Contender(by_zuko("NSF"), OF_ZUKO),
     "zuko MAF": Contender(by_zuko("MAF"), OF_ZUKO),

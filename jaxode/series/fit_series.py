@@ -27,11 +27,14 @@ from jaxode.training.fit import adam
 from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
 from jaxode.training.sources import InMemory, Rows
 
-RATE, WEIGHT_DECAY, BATCH_SIZE, WARM_UP_STEPS = 8e-3, 2.0, 64, 50
-DROPOUT = 0.35  # of hidden units
-# The part of the series in a step that are read without some of their values, and the part of those
-# that are read up to some time alone. All values count in the loss.
-THINNED, CUT = 0.95, 0.5
+SERIES_RATE = 8e-3  # of Adam
+SERIES_DECAY = 2.0  # of weights, times the rate
+SERIES_BATCH = 64  # series of a step
+SERIES_WARM_UP = 50  # steps until the full rate
+SERIES_DROPOUT = 0.35  # share of hidden units that a step leaves out
+# Most series of a step are read with values hidden; the loss counts all values.
+THINNED_SHARE = 0.95  # of the series of a step
+CUT_SHARE = 0.5  # of those: all values after a drawn time are hidden
 
 
 @public("series.fit")
@@ -98,12 +101,12 @@ def fit(
     split_key, network_key, key = jax.random.split(check_key(key), 3)
     part, aside = _split(len(ts), validation, split_key)
     data = _Data(Units.of(ts, ys, context), ts, ys, context)
-    seen, given = data.of(part)
+    seen, given = data.scaled(part)
     columns = 0 if context is None else context.shape[1]
     gap, recall = data.units.gap, recalled(seen)
-    network = SeriesNetwork.make(network_key, columns, size, gap, recall, DROPOUT)
+    network = SeriesNetwork.make(network_key, columns, size, gap, recall, SERIES_DROPOUT)
     model = Series(_with_own(network, field, jump), data.units)
-    batch_size = min(BATCH_SIZE, len(part))
+    batch_size = min(SERIES_BATCH, len(part))
     source = InMemory(Rows(seen.y, (seen.dt, seen.there, given)))
     plan = Plan(limits, batch_size, progress=progress, devices=Devices.of(mesh, batch_size))
     if plan.devices.several_processes:
@@ -113,7 +116,7 @@ def fit(
         return source.take(key, STEPS_PER_BLOCK * batch_size)
 
     run = Training(model, source, take, data.loss_on(aside), plan, clock)
-    phase = Phase("series", Partial(_loss), adam(RATE, WEIGHT_DECAY), key, WARM_UP_STEPS)
+    phase = Phase("series", Partial(_loss), adam(SERIES_RATE, SERIES_DECAY), key, SERIES_WARM_UP)
     _train(run, phase, plan)
     return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
 
@@ -136,26 +139,29 @@ def _train(run: Training, phase: Phase, plan: Plan) -> None:
 
 
 class _Data(NamedTuple):
-    """The series in the units of the user, and those that scale them for the network."""
+    """The series in the units of the user, and the units that scale them for the network."""
 
     units: Units
     ts: Float[np.ndarray, "rows times"]
     ys: Float[np.ndarray, "rows times channels"]
     context: Float[np.ndarray, "rows columns"] | None
 
-    def of(self, rows: np.ndarray) -> tuple[Seen, Any]:
-        """Some series, and what is known of each, as the network sees them."""
-        known = None if self.context is None else self.context[rows]
-        return self.units.seen(self.ts[rows], self.ys[rows]), self.units.known(known, len(rows))
+    def scaled(self, rows: np.ndarray) -> tuple[Seen, Any]:
+        """The chosen series and their contexts, as the network reads them."""
+        context = None if self.context is None else self.context[rows]
+        return self.units.seen(self.ts[rows], self.ys[rows]), self.units.known(context, len(rows))
 
     def loss_on(self, rows: np.ndarray) -> Callable[[SeriesNetwork], float]:
-        """The negative log-likelihood of a value of some series, in their own units."""
-        held_out, there = jax.tree.map(jnp.asarray, self.of(rows)), ~np.isnan(self.ys[rows])
-        shift = np.sum(there * np.log(self.units.sd))
+        """The negative log-likelihood per value of the chosen series, in units of the user."""
+        held_out, is_observed = (
+            jax.tree.map(jnp.asarray, self.scaled(rows)),
+            ~np.isnan(self.ys[rows]),
+        )
+        shift = np.sum(is_observed * np.log(self.units.sd))
 
         def loss(network):
             nats = np.asarray(log_probs(network, *held_out), float).sum() - shift
-            return float(-nats / there.sum())
+            return float(-nats / is_observed.sum())
 
         return loss
 
@@ -186,30 +192,30 @@ def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, n
             "Cut a long series into several."
         )
     (parts,) = split_rows(validation, np.asarray(jax.random.permutation(key, rows)), 1)
-    own, aside = map(np.sort, parts)
-    return own, aside
+    train, aside = map(np.sort, parts)
+    return train, aside
 
 
 def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Float[Array, ""]:
-    """Nats of a value in a batch, given some of the values before."""
-    dt, there, given = context
+    """Negative log-likelihood per value of a batch, whose network reads the values of `fed`."""
+    dt, there, context_rows = context
 
-    def of(seen, given, key):
+    def log_prob(series, context, key):
         feed_key, drop_key = jax.random.split(key)
-        return network.log_prob(seen, given, fed(feed_key, seen.there), drop_key)
+        return network.log_prob(series, context, fed(feed_key, series.there), drop_key)
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_numbers(x, key, None))
-    nats = jax.vmap(of)(Seen(dt, x, there), given, keys)
-    # Devices have their mean by the values of all.
+    nats = jax.vmap(log_prob)(Seen(dt, x, there), context_rows, keys)
+    # Each device divides by the mean count of all devices.
     count = mean_over(jnp.sum(there, dtype=x.dtype), tuple(axes_of(there)))
     return -jnp.sum(nats) / count
 
 
 def fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:
-    """The values of a series that the network reads in a step."""
+    """Draw which values of a series the network reads in a step."""
     keys = jax.random.split(key, 4)
     kind = jax.random.uniform(keys[0])
-    kept = jax.random.uniform(keys[1], there.shape) < jax.random.uniform(keys[2])
-    before = jnp.arange(len(there)) < jax.random.randint(keys[3], (), 0, len(there))
-    some = there & jnp.where(kind < THINNED * CUT, before[:, None], kept)
-    return jnp.where(kind < THINNED, some, there)
+    thinned = jax.random.uniform(keys[1], there.shape) < jax.random.uniform(keys[2])
+    before_cut = jnp.arange(len(there)) < jax.random.randint(keys[3], (), 0, len(there))
+    visible = there & jnp.where(kind < THINNED_SHARE * CUT_SHARE, before_cut[:, None], thinned)
+    return jnp.where(kind < THINNED_SHARE, visible, there)

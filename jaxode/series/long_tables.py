@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode._checks.caller import arg, public
-from jaxode.series.units import check
+from jaxode.series.units import Rule
 from jaxode.tabular import frames
 from jaxode.tabular.columns.dates import is_date
 from jaxode.tabular.columns.formats import cure_of_numbers
@@ -38,10 +38,11 @@ def from_frame(
             f"{arg('time')} must be another column than row; got {time!r} for both. Pass as "
             "row= the column that tells series from one another."
         )
-    (of_row, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
+    (identifiers, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
     for column, missing in ((row, no_row), (time, np.isnan(times))):
-        must = f"have a value of {column!r} in each line"
-        check("frame", missing, must, lambda i: f"none in line {i}", "Leave such lines out.")
+        text = f"have a value of {column!r} in each line"
+        cure = "Leave such lines out."
+        Rule("frame", missing, text, lambda i: f"none in line {i}", cure).check()
     channels = [column for column in frame.columns if column not in (row, time)]
     if not channels or not len(times):
         raise ValueError(
@@ -49,17 +50,18 @@ def from_frame(
             f"{len(times)} lines and the columns {frame.columns}."
         )
     values = np.stack([_numeric_column(frame, column) for column in channels], axis=1)
-    names = list(dict.fromkeys(of_row))  # in the order of their first lines
+    names = list(dict.fromkeys(identifiers))  # in the order of their first lines
     number = {name: i for i, name in enumerate(names)}
-    place = np.array([number[name] for name in of_row])
+    place = np.array([number[name] for name in identifiers])
     order = np.lexsort((times, place))
     place, times, values = place[order], times[order], values[order]
-    wrong = (np.diff(place) == 0) & (np.diff(times) == 0)
+    is_repeated = (np.diff(place) == 0) & (np.diff(times) == 0)
 
     def got(i):
         return f"{times[i]:g} twice in {row} {names[place[i]]}"
 
-    check("frame", wrong, "have each time of a series once", got, "Merge such lines.")
+    text = "have each time of a series once"
+    Rule("frame", is_repeated, text, got, "Merge such lines.").check()
     counts = np.bincount(place)
     ends = np.cumsum(counts)
     column = np.arange(len(place)) - np.repeat(ends - counts, counts)
@@ -70,12 +72,12 @@ def from_frame(
 
 
 def _identifiers(frame: Any, column: str) -> tuple[list[Any], np.ndarray]:
-    """What tells series apart, and where it is missing. Integers of any size keep their digits."""
+    """The identifier of each line's series, and where it is missing. Integers keep all digits."""
     series = frames.column_of("frame", frame, column)
     if series.dtype.is_integer():
         return series.to_list(), np.array(series.is_null().to_numpy(), bool)
-    found = frames.read("frame", frame, column)
-    return found.values.tolist(), found.missing
+    values, missing, _ = frames.read("frame", frame, column)
+    return values.tolist(), missing
 
 
 def _numeric_column(frame: Any, column: str) -> np.ndarray:
@@ -86,10 +88,10 @@ def _numeric_column(frame: Any, column: str) -> np.ndarray:
             f"{start}; got dates. Pass the hours or days since a start, such as "
             f"(frame[{column!r}] - frame[{column!r}].min()).dt.total_seconds() / 3600 in pandas."
         )
-    found = frames.read("frame", frame, column)
-    if found.text:
+    values, missing, text = frames.read("frame", frame, column)
+    if text:
         raise TypeError(
             f"{start}; got text or booleans. {cure_of_numbers(frame, column)}Encode it as numbers, "
             "or leave it out."
         )
-    return np.where(found.missing, np.nan, found.values)
+    return np.where(missing, np.nan, values)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-COMPONENTS, MAX_RANK = 3, 4
-SMALLEST = 1e-3  # standard deviation, in units of that of a channel
-TAIL_SD, LOG_TAIL_WEIGHT = 3.0, -4.0  # standard deviation and weight of the last component at first
-BISECTIONS = 50
-TRIES = 8  # to draw between limits
+COMPONENTS = 3
+MAX_RANK = 4  # of the covariance that channels share
+MIN_SD = 1e-3  # of a component, in units of that of a channel
+TAIL_SD = 3.0  # of the last component at first, in units of the others
+LOG_TAIL_WEIGHT = -4.0  # of the last component at first
+BISECTIONS = 50  # of the interval around a quantile
+DRAWS_WITHIN = 8  # tries to draw between limits
 
 
 def rank(channels: int) -> int:
@@ -44,8 +46,7 @@ class Mixture(NamedTuple):
         return cls(
             jax.nn.log_softmax(weight + jnp.where(last, LOG_TAIL_WEIGHT, 0.0)),
             mean[None] + scale * offset.reshape(k, c),
-            SMALLEST
-            + scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL_SD, 1.0)[:, None],
+            MIN_SD + scale * jnp.exp(spread.reshape(k, c)) * jnp.where(last, TAIL_SD, 1.0)[:, None],
             scale.T * loading.reshape(c, rank(c)),
         )
 
@@ -96,7 +97,7 @@ class Mixture(NamedTuple):
         self, key: PRNGKeyArray, low: Float[Array, " channels"], high: Float[Array, " channels"]
     ) -> Float[Array, " channels"]:
         """Draw all channels, again if one is beyond its limits, and move there what still is."""
-        ys = jax.vmap(self.sample)(jax.random.split(key, TRIES))
+        ys = jax.vmap(self.sample)(jax.random.split(key, DRAWS_WITHIN))
         inside = jnp.all((ys >= low[None]) & (ys <= high[None]), axis=1)
         return jnp.clip(ys[jnp.argmax(inside)], low, high)
 

@@ -87,15 +87,15 @@ class Series:
         levels = np.asarray(numbers("q", q), float)
         if not ((levels > 0) & (levels < 1)).all():
             raise ValueError(f"{arg('q')} must lie between 0 and 1; got {q}.")
-        ends = as_float(np.stack([levels.ravel(), 1 - levels.ravel()], axis=1))
-        if (ends < (least := np.finfo(ends.dtype).tiny)).any():
+        tails = as_float(np.stack([levels.ravel(), 1 - levels.ravel()], axis=1))
+        if (tails < (least := np.finfo(tails.dtype).tiny)).any():
             raise ValueError(
-                f"{arg('q')} must be at least {least:.2g}, and as far from 1, in {ends.dtype}; got "
-                f"{q}. Take a level further inside."
+                f"{arg('q')} must be at least {least:.2g}, and as far from 1, in {tails.dtype}; "
+                f"got {q}. Take a level further inside."
             )
         ahead = self._ahead(ts, ys, at, context)[1]
-        found = np.asarray(_quantile(ahead, ends), float)
-        return self._in_units(found.reshape(*levels.shape, *found.shape[1:]))
+        quantiles = np.asarray(_quantile(ahead, tails), float)
+        return self._in_units(quantiles.reshape(*levels.shape, *quantiles.shape[1:]))
 
     @public("Series.state")
     def state(
@@ -137,7 +137,7 @@ class Series:
 
 @compiled
 def log_probs(network: SeriesNetwork, seen: Seen, context: Any) -> Float[Array, " rows"]:
-    """Nats of each row, in standardized units."""
+    """The log-density of each row, in standardized units."""
     return jax.vmap(network.log_prob)(seen, context)
 
 
@@ -145,18 +145,18 @@ def log_probs(network: SeriesNetwork, seen: Seen, context: Any) -> Float[Array, 
 def _ahead(network: SeriesNetwork, seen: Seen, context: Any, dt: Any, parts: Any):
     """States and densities at later times, without jumps."""
 
-    def of(seen, context, *each):
-        ever = jnp.any(seen.there, axis=0)
+    def row(seen, context, dt, parts):
+        was_observed = jnp.any(seen.there, axis=0)
 
-        def step(state, each):
-            state = network.later(state, *each)
-            recency = jnp.where(ever, jnp.exp(-state.since), 0.0)
-            known = jnp.concatenate([state.h, state.last, recency])
-            return state, (known, network.predict(state))
+        def step(state, wait):
+            state = network.later(state, *wait)
+            recency = jnp.where(was_observed, jnp.exp(-state.since), 0.0)
+            numbers = jnp.concatenate([state.h, state.last, recency])
+            return state, (numbers, network.predict(state))
 
-        return jax.lax.scan(step, network.read(seen, context)[0], each)[1]
+        return jax.lax.scan(step, network.read(seen, context)[0], (dt, parts))[1]
 
-    return jax.vmap(of)(seen, context, dt, parts)
+    return jax.vmap(row)(seen, context, dt, parts)
 
 
 @compiled
@@ -166,8 +166,8 @@ def _forecast(
     """Draws `[rows, n, times, channels]`, which the state jumps at."""
 
     def draw(state, dt, parts, key):
-        def step(state, each):
-            dt, parts, key = each
+        def step(state, inputs):
+            dt, parts, key = inputs
             state = network.later(state, dt, parts)
             mixture = network.predict(state)
             y = mixture.sample_within(key, *limits)
@@ -175,11 +175,11 @@ def _forecast(
 
         return jax.lax.scan(step, state, (dt, parts, jax.random.split(key, len(dt))))[1]
 
-    def of(seen, context, dt, parts, keys):
+    def row(seen, context, dt, parts, keys):
         state, _ = network.read(seen, context)
         return jax.vmap(draw, (None, None, None, 0))(state, dt, parts, keys)
 
-    return jax.vmap(of)(seen, context, dt, parts, keys)
+    return jax.vmap(row)(seen, context, dt, parts, keys)
 
 
 @compiled
@@ -188,8 +188,8 @@ def _mean(ahead: Mixture):
 
 
 @compiled
-def _quantile(ahead: Mixture, ends: Any):
-    def of_rows(end):
-        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(*end)))(ahead)
+def _quantile(ahead: Mixture, tails: Any):
+    def at_level(tail):
+        return jax.vmap(jax.vmap(lambda mixture: mixture.quantile(*tail)))(ahead)
 
-    return jax.lax.map(of_rows, ends)
+    return jax.lax.map(at_level, tails)

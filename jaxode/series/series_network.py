@@ -19,11 +19,11 @@ from jaxode._jax.sharding import vary_alike
 from jaxode.nn.base import Dense, draws
 from jaxode.series.mixture import Mixture
 
-LARGEST_SURPRISE = 3.0  # standard deviations, which no surprise exceeds
-LINEAR = 3.0  # times as fast, and as little decayed, learn the linear parts
-FIELD_STEPS = 2  # in each part of the time to the next observation
-PUSH = 0.3  # in a typical gap, of the field beside its linear part
-FASTEST = 2.0  # radians in a typical gap, of the waves that a state starts with
+LARGEST_SURPRISE = 3.0  # standard deviations, to which surprises saturate
+LINEAR_SCALE = 3.0  # of linear weights, so that they learn faster and decay less
+FIELD_STEPS = 2  # of the midpoint rule, in each part of the time to the next observation
+PUSH_OF_GAP = 0.3  # change of the state by the network of the field in a typical gap, at first
+FASTEST_WAVE = 2.0  # radians in a typical gap, at first
 
 
 class Seen(NamedTuple):
@@ -89,7 +89,7 @@ class GatedJump(eqx.Module):
         known = jnp.concatenate([h, seen.surprise, seen.there, seen.y, seen.gap])
         out = gates(_dropped(jax.nn.silu(first(known)), self.dropout, key))
         scale, forget, new = jnp.split(out, 3)
-        added = LINEAR * gain(jnp.concatenate([seen.surprise, seen.surprise * seen.sd]))
+        added = LINEAR_SCALE * gain(jnp.concatenate([seen.surprise, seen.surprise * seen.sd]))
         moved = h + 2 * jax.nn.sigmoid(scale) * added
         return moved + jax.nn.sigmoid(forget - 2.0) * (jnp.tanh(new) - h)
 
@@ -137,13 +137,13 @@ class SeriesNetwork(eqx.Module):
         )  # fmt: skip
         scales = 1.7, 0.1, 1.7, 0.5, 0.3, 1.7, 0.1, 0.1, 1.7, 0.5
         layer = [Dense(one, by) for one, by in zip(draws(key, shapes), scales, strict=True)]
-        rates = jnp.linspace(math.log(0.3), math.log(FASTEST / gap), pairs, dtype=float)
+        rates = jnp.linspace(math.log(0.3), math.log(FASTEST_WAVE / gap), pairs, dtype=float)
         return cls(
             start=jnp.zeros(size),
             of_context=(layer[8], layer[9]) if context else None,
             decay=jnp.roll(rates, pairs // 2) - 1.0,
             frequency=rates,
-            push=Push((layer[0], layer[1]), jnp.asarray(math.log(PUSH)) - log_gap),
+            push=Push((layer[0], layer[1]), jnp.asarray(math.log(PUSH_OF_GAP)) - log_gap),
             jump=GatedJump((layer[2], layer[3], layer[4]), dropout),
             density=(layer[5], layer[6], layer[7]),
             recall=jnp.asarray(recalled[0]),
@@ -189,7 +189,7 @@ class SeriesNetwork(eqx.Module):
         """The density of the values, given the state. A key drops units."""
         first, last, direct = self.density
         hidden = _dropped(jax.nn.silu(first(state.h)), self.dropout, key)
-        mixture = Mixture.of(last(hidden) + LINEAR * direct(state.h), len(self.recall))
+        mixture = Mixture.of(last(hidden) + LINEAR_SCALE * direct(state.h), len(self.recall))
         known = self.recall * jnp.exp(-jnp.exp(self.forget) * state.since) * state.last
         return mixture._replace(mean=mixture.mean + known[None])
 

@@ -1,8 +1,8 @@
 """Series in their own units, checked, and as the network sees them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,17 +12,31 @@ from jaxode._checks.arguments import numbers
 from jaxode._checks.caller import arg
 from jaxode.series.series_network import Seen
 
-LAGS = 1, 2, 4, 8, 16  # in values of a channel, of the pairs that its recall starts from
-LOG_RATES = np.linspace(-4.0, 4.0, 17)  # of its decay, in median spans
-RIDGE = 1.0  # values that speak against recall
-BEYOND = 0.5  # of the range of training, on either side, that draws may reach
-MOST_PARTS = 10_000  # times the longest gap of training, from one time to the next
+# Initialize recall from pairs of values of a channel that are this many values apart, with rates of
+# its decay per median span, and a ridge penalty in pseudo-values against it.
+RECALL_LAGS = 1, 2, 4, 8, 16
+LOG_RECALL_RATES = np.linspace(-4.0, 4.0, 17)
+RECALL_RIDGE = 1.0
+RANGE_MARGIN = 0.5  # of the range of training, on either side, that draws may reach
+MAX_GAPS = 10_000  # longest gaps of training, from one time to the next
 
 
-def check(name: str, wrong: np.ndarray, must: str, got: Callable[..., str], cure: str) -> None:
-    """Raise if something is wrong. `got` describes the first place where it is."""
-    if wrong.any():
-        raise ValueError(f"{arg(name)} must {must}; got {got(*np.argwhere(wrong)[0])}. {cure}")
+class Rule(NamedTuple):
+    """A rule for an array of series, and what breaks it."""
+
+    argument: str
+    is_wrong: np.ndarray
+    text: str
+    """What the argument must do."""
+    got: Callable[..., str]
+    """Describes the first place that is wrong, by its indices."""
+    cure: str
+
+    def check(self) -> None:
+        """Raise if the rule is broken somewhere."""
+        if self.is_wrong.any():
+            got = self.got(*np.argwhere(self.is_wrong)[0])
+            raise ValueError(f"{arg(self.argument)} must {self.text}; got {got}. {self.cure}")
 
 
 def _times(name: str, times: Any) -> np.ndarray:
@@ -53,49 +67,46 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{arg('ys')} must be [rows, times, channels] for ts [rows, times]; got ts of shape "
             f"{ts.shape} and ys of shape {ys.shape}. {_cure_of_shapes(ts.shape, ys.shape)}"
         )
-    cure = "Pad a row by repeating its last time, with NaN in ys."
-    check(
-        "ts",
-        ~np.isfinite(ts),
-        "be finite",
-        lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
-        cure,
-    )
-    check(
-        "ys",
-        np.isinf(ys),
-        "be finite, or NaN for a gap",
-        lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}",
-        "Leave it out as NaN.",
-    )
-    there = ~np.isnan(ys).all(axis=2)
-    wrong = ~there.any(axis=1)
-    check(
-        "ys",
-        wrong,
-        "have an observation in each row",
-        lambda i: f"none in row {i}",
-        "Leave such rows out.",
-    )
+    for rule in _rules_of_series(ts, ys, single):
+        rule.check()
+    return ts, ys
+
+
+def _rules_of_series(ts: np.ndarray, ys: np.ndarray, single: bool) -> Iterator[Rule]:
+    """The rules for series. Each relies on those before."""
+    yield Rule(
+        "ts", ~np.isfinite(ts), "be finite", lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
+        "Pad a row by repeating its last time, with NaN in ys.",
+    )  # fmt: skip
+    yield Rule(
+        "ys", np.isinf(ys), "be finite, or NaN for a gap",
+        lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}", "Leave it out as NaN.",
+    )  # fmt: skip
+    is_observed: Any = ~np.isnan(ys).all(axis=2)
+    yield Rule(
+        "ys", ~is_observed.any(axis=1), "have an observation in each row",
+        lambda i: f"none in row {i}", "Leave such rows out.",
+    )  # fmt: skip
     # After its last observation, a row may repeat its time.
-    before_last = np.logical_or.accumulate(there[:, ::-1], axis=1)[:, -2::-1]
+    before_last = np.logical_or.accumulate(is_observed[:, ::-1], axis=1)[:, -2::-1]
     step = np.diff(ts, axis=1)
-    must = "increase within a row up to its last observation"
-    cure = "Sort the times, and merge what was observed at the same time."
+    yield Rule(
+        "ts", (step < 0) | ((step == 0) & before_last),
+        "increase within a row up to its last observation",
+        lambda i, j: f"{ts[i, j]:.15g} and then {ts[i, j + 1]:.15g} in row {i}",
+        _cure_of_order(ts, single),
+    )  # fmt: skip
+
+
+def _cure_of_order(ts: np.ndarray, single: bool) -> str:
+    """What to do about times that do not increase. Single precision may have merged them."""
     spacing = np.spacing(np.float32(np.abs(ts).max()))
     if single and spacing > 1e-4 * np.ptp(ts):  # as for seconds since 1970
-        cure = (
+        return (
             f"In float32, times of that size are {spacing:g} apart: subtract the start before, or "
             "pass them in float64."
         )
-    check(
-        "ts",
-        (step < 0) | ((step == 0) & before_last),
-        must,
-        lambda i, j: f"{ts[i, j]:.15g} and then {ts[i, j + 1]:.15g} in row {i}",
-        cure,
-    )
-    return ts, ys
+    return "Sort the times, and merge what was observed at the same time."
 
 
 def last_observed(ts: np.ndarray, ys: np.ndarray) -> Float[np.ndarray, " rows"]:
@@ -112,47 +123,49 @@ def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "ro
             f"{arg('at')} must be [times], or [rows, times] with {rows} rows as in ts; got "
             f"shape {at.shape}."
         )
-    check(
-        "at",
-        ~np.isfinite(at),
-        "be finite",
-        lambda i, j: f"{at[i, j]} in row {i}",
-        "Pad a row by repeating its last time.",
-    )
-    must = "not lie before the last observation of a row"
-    cure = "Cut the series there, by NaN in ys, or pass later times."
-    check(
-        "at",
-        ~(at >= last[:, None]),
-        must,
-        lambda i, j: f"{at[i, j]:.15g} in row {i}, whose last observation is at {last[i]:.15g}",
-        cure,
-    )
-    step = np.diff(at, axis=1)
-    wrong = ~((step > 0) | ((step == 0) & (at[:, 1:] == at[:, -1:])))
-    cure = "Sort the times. Pad a row by repeating its last time."
-    check(
-        "at",
-        wrong,
-        "increase",
-        lambda i, j: f"{at[i, j]:.15g} and then {at[i, j + 1]:.15g} in row {i}",
-        cure,
-    )
+    for rule in _rules_of_forecast(at, last):
+        rule.check()
     return at
 
 
+def _rules_of_forecast(at: np.ndarray, last: Float[np.ndarray, " rows"]) -> Iterator[Rule]:
+    """The rules for times to forecast. Each relies on those before."""
+    yield Rule(
+        "at", ~np.isfinite(at), "be finite", lambda i, j: f"{at[i, j]} in row {i}",
+        "Pad a row by repeating its last time.",
+    )  # fmt: skip
+    yield Rule(
+        "at", ~(at >= last[:, None]), "not lie before the last observation of a row",
+        lambda i, j: f"{at[i, j]:.15g} in row {i}, whose last observation is at {last[i]:.15g}",
+        "Cut the series there, by NaN in ys, or pass later times.",
+    )  # fmt: skip
+    step = np.diff(at, axis=1)
+    increases = (step > 0) | ((step == 0) & (at[:, 1:] == at[:, -1:]))
+    yield Rule(
+        "at", ~increases, "increase",
+        lambda i, j: f"{at[i, j]:.15g} and then {at[i, j + 1]:.15g} in row {i}",
+        "Sort the times. Pad a row by repeating its last time.",
+    )  # fmt: skip
+
+
 def check_context(context: Any, rows: int) -> np.ndarray | None:
-    """What is known of each series, `[rows, columns]`."""
+    """Check the context of each series, `[rows, columns]`."""
     if context is None:
         return None
-    found = np.asarray(numbers("context", context), float)
-    if found.ndim != 2 or len(found) != rows or not found.size or not np.isfinite(found).all():
+    columns = np.asarray(numbers("context", context), float)
+    if (
+        columns.ndim != 2
+        or len(columns) != rows
+        or not columns.size
+        or not np.isfinite(columns).all()
+    ):
         raise ValueError(
             f"{arg('context')} must be finite numbers [rows, columns], one row for each of the "
-            f"{rows} series; got shape {found.shape}, {np.count_nonzero(~np.isfinite(found))} of "
-            "them not finite. Fill gaps, and add a column that marks them."
+            f"{rows} series; got shape {columns.shape}, "
+            f"{np.count_nonzero(~np.isfinite(columns))} of them not finite. Fill gaps, and add a "
+            "column that marks them."
         )
-    return found
+    return columns
 
 
 def as_float(x: np.ndarray) -> np.ndarray:
@@ -161,58 +174,67 @@ def as_float(x: np.ndarray) -> np.ndarray:
 
 
 def recalled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """The part of the last value of each channel that best forecasts a later one, by least squares,
-    and the logarithm of the rate at which it decays."""
+    """Fit recall: the part of its last value that best forecasts a later value of a channel.
+
+    Returns:
+        That part by least squares, and the logarithm of the rate at which it decays, `[channels]`.
+    """
     times, channels = np.cumsum(seen.dt, axis=1, dtype=float), seen.y.shape[2]
-    part, chosen = np.zeros((2, channels))
+    part, log_rate = np.zeros((2, channels))
     for c in range(channels):
-        there = seen.there[:, :, c]
-        row, t, y = np.nonzero(there)[0], times[there], seen.y[:, :, c][there].astype(float)
-        pairs = [(row[lag:] == row[:-lag], lag) for lag in LAGS]
-
-        def of(x):
-            return [(x[:-lag][same], x[lag:][same]) for same, lag in pairs]  # noqa: B023
-
-        (t0, t1), (y0, y1) = (map(np.concatenate, zip(*of(x), strict=True)) for x in (t, y))
-        known = np.exp(-np.exp(LOG_RATES)[:, None] * (t1 - t0)) * y0
-        product, square = known @ y1, np.sum(known**2, axis=1) + RIDGE
+        is_observed = seen.there[:, :, c]
+        row, t, y = np.nonzero(is_observed)[0], times[is_observed], seen.y[:, :, c][is_observed]
+        first, second = _pairs_of_values(row)
+        wait, y = t[second] - t[first], y.astype(float)
+        forecast = np.exp(-np.exp(LOG_RECALL_RATES)[:, None] * wait) * y[first]
+        product, square = forecast @ y[second], np.sum(forecast**2, axis=1) + RECALL_RIDGE
         best = np.argmax(np.maximum(product, 0.0) ** 2 / square)
-        part[c], chosen[c] = np.clip(product[best] / square[best], 0.0, 1.0), LOG_RATES[best]
-    return as_float(part), as_float(chosen)
+        part[c] = np.clip(product[best] / square[best], 0.0, 1.0)
+        log_rate[c] = LOG_RECALL_RATES[best]
+    return as_float(part), as_float(log_rate)
+
+
+def _pairs_of_values(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The places of earlier and later values of the same row, one of the lags apart."""
+    place, first, second = np.arange(len(row)), [], []
+    for lag in RECALL_LAGS:
+        same = row[lag:] == row[:-lag]
+        first.append(place[:-lag][same])
+        second.append(place[lag:][same])
+    return np.concatenate(first), np.concatenate(second)
 
 
 @dataclass(frozen=True)
 class Units:
-    """Of times, channels and contexts."""
+    """The units of times, channels and contexts."""
 
     time: float
     """The median span of a series."""
     gap: float
     """The median time between two observations, as part of the span."""
     longest: float
-    """The longest one."""
+    """The longest time between two observations, as part of the span."""
     mean: Float[np.ndarray, " channels"]
     sd: Float[np.ndarray, " channels"]
     limits: tuple[Float[np.ndarray, " channels"], Float[np.ndarray, " channels"]]
     """The least and the largest draw, in standard units."""
     context: tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]] | None
-    """Mean and standard deviation."""
+    """Mean and standard deviation of each column."""
 
     @classmethod
     def of(cls, ts: np.ndarray, ys: np.ndarray, context: np.ndarray | None) -> "Units":
         """Units of training series. Raises for a channel without two different values."""
-        there: Any = ~np.isnan(ys)
-        values = [ys[:, :, c][there[:, :, c]] for c in range(ys.shape[2])]
-
-        def told(v):
-            return f"only {v[0] + 0.0:g}" if len(v) else "none"
+        is_observed: Any = ~np.isnan(ys)
+        values = [ys[:, :, c][is_observed[:, :, c]] for c in range(ys.shape[2])]
 
         def got(c):
-            return f"{told(values[c])} in channel {c}"
+            value = f"only {values[c][0] + 0.0:g}" if len(values[c]) else "none"
+            return f"{value} in channel {c}"
 
-        wrong = np.array([not len(v) or v.min() == v.max() for v in values])
-        check("ys", wrong, "have different values in each channel", got, "Leave the channel out.")
-        times = [t[seen] for t, seen in zip(ts, there.any(axis=2), strict=True)]
+        is_constant = np.array([not len(v) or v.min() == v.max() for v in values])
+        rule = "have different values in each channel"
+        Rule("ys", is_constant, rule, got, "Leave the channel out.").check()
+        times = [t[mask] for t, mask in zip(ts, is_observed.any(axis=2), strict=True)]
         gaps = np.concatenate([np.diff(t) for t in times])
         if not gaps.size:
             raise ValueError(
@@ -220,21 +242,21 @@ class Units:
                 "such rows with jaxode.fit."
             )
         span = float(np.median([t[-1] - t[0] for t in times if len(t) > 1]))
-        known = None
+        context_units = None
         if context is not None:
             spread = context.std(axis=0)
-            known = context.mean(axis=0), np.where(spread > 0, spread, 1.0)
+            context_units = context.mean(axis=0), np.where(spread > 0, spread, 1.0)
         gap, longest = float(np.median(gaps)) / span, float(gaps.max()) / span
         axes = (0, 1)
         mean, sd = np.nanmean(ys, axes), np.nanstd(ys, axes)
-        low, high = ((end(ys, axes) - mean) / sd for end in (np.nanmin, np.nanmax))
-        more = BEYOND * (high - low)
-        limits = as_float(low - more), as_float(high + more)
-        return cls(span, gap, longest, mean, sd, limits, known)
+        low, high = ((extreme(ys, axes) - mean) / sd for extreme in (np.nanmin, np.nanmax))
+        margin = RANGE_MARGIN * (high - low)
+        limits = as_float(low - margin), as_float(high + margin)
+        return cls(span, gap, longest, mean, sd, limits, context_units)
 
     def seen(self, ts: np.ndarray, ys: np.ndarray) -> Seen:
-        """The series as the network sees them: the times at which something was observed, and then
-        rest at the last of them.
+        """The series as the network reads them: the times with an observation, then repeats of the
+        last one.
 
         Differences of times are exact to float64.
         """
@@ -243,35 +265,32 @@ class Units:
         order = np.argsort(blank, axis=1, kind="stable")
         ts = np.take_along_axis(ts, order, axis=1)
         ys = np.take_along_axis(ys, order[:, :, None], axis=1)
-        there = ~np.isnan(ys)
+        is_observed = ~np.isnan(ys)
         dt = np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time
-        y = (np.where(there, ys, self.mean) - self.mean) / self.sd
-        return Seen(as_float(dt), as_float(y), there, self.parts("ts", dt))
+        y = (np.where(is_observed, ys, self.mean) - self.mean) / self.sd
+        return Seen(as_float(dt), as_float(y), is_observed, self.parts("ts", dt))
 
     def parts(self, name: str, dt: np.ndarray) -> np.ndarray:
-        """In how many parts to go so far, none longer than the longest gap of training."""
+        """The number of parts to cut each time into, none longer than training's longest gap."""
         parts = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
-        most = MOST_PARTS * self.longest * self.time
-
-        def got(i, j):
-            return f"{dt[i, j] * self.time:g} in row {i}"
-
-        must = (
-            f"go on by at most {most:g} at a time, {MOST_PARTS} times the longest gap of training"
-        )
-        cure = "Pass times in the unit of training."
-        check(name, parts > MOST_PARTS, must, got, cure)
+        most = MAX_GAPS * self.longest * self.time
+        rule = f"go on by at most {most:g} at a time, {MAX_GAPS} times the longest gap of training"
+        Rule(
+            name, parts > MAX_GAPS, rule,
+            lambda i, j: f"{dt[i, j] * self.time:g} in row {i}",
+            "Pass times in the unit of training.",
+        ).check()  # fmt: skip
         return parts.astype(np.int32)
 
     def known(self, context: Any, rows: int) -> np.ndarray | None:
-        """The context as the network sees it."""
-        given = check_context(context, rows)
+        """The context as the network reads it."""
+        checked = check_context(context, rows)
         columns = 0 if self.context is None else len(self.context[0])
-        if columns != (0 if given is None else given.shape[1]):
+        if columns != (0 if checked is None else checked.shape[1]):
             must = f"be given, with {columns} columns" if columns else "be left out"
-            got = "none" if given is None else f"shape {given.shape}"
+            got = "none" if checked is None else f"shape {checked.shape}"
             raise ValueError(f"{arg('context')} must {must}, as in training; got {got}.")
-        if given is None or self.context is None:
+        if checked is None or self.context is None:
             return None
         mean, sd = self.context
-        return as_float((given - mean) / sd)
+        return as_float((checked - mean) / sd)

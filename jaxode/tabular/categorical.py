@@ -22,12 +22,18 @@ from jaxode.training.display import described, show
 from jaxode.training.loop import VALIDATION_STEP_RATIO, Clock, Limits, Point
 from jaxode.training.sources import InMemory, Rows
 
-WIDTH, DROPOUT = 128, 0.5  # of hidden layers
-RATE, WEIGHT_DECAY, BATCH_SIZE = 1e-3, 0.05, 256
-WARM_UP_STEPS = 50, 200  # the first of them have happened before the start
-MIN_AVERAGE_WEIGHT = 0.005  # of a step in the moving average of the network
-STEPS_PER_VALIDATION, PATIENCE_VALIDATIONS, MAX_STEPS = 50, 12, 6000
-PART_OF_SECONDS = 0.25  # which the categories take of a training, if there are numbers
+CATEGORY_WIDTH = 128  # units of a hidden layer
+CATEGORY_DROPOUT = 0.5  # share of hidden units that a step leaves out
+CATEGORY_RATE = 1e-3  # of Adam
+CATEGORY_DECAY = 0.05  # of weights, times the rate
+CATEGORY_BATCH = 256  # rows of a step
+CATEGORY_WARM_UP = 200  # steps until the full rate
+CATEGORY_FIRST_STEP = 50  # of the warm-up: it begins at a quarter of the rate
+CATEGORY_AVERAGE_WEIGHT = 0.005  # least weight of a step in the moving average of the network
+STEPS_PER_VALIDATION = 50
+CATEGORY_PATIENCE = 12  # validations in a row without a better one that end the training
+MAX_CATEGORY_STEPS = 6000
+CATEGORY_PART_OF_SECONDS = 0.25  # of a training, if there are numbers too
 
 
 class Autoregressive(eqx.Module):
@@ -96,12 +102,12 @@ class Categories(Autoregressive):
 
         return cls(
             direct=jnp.zeros((total, total)),
-            inner=draw(keys[0], WIDTH, total) * math.sqrt(max(total / len(sizes), 1)),
-            middle=draw(keys[1], WIDTH, WIDTH),
-            outer=jnp.zeros((total, WIDTH)),
-            shared=draw(keys[2], WIDTH, given),
+            inner=draw(keys[0], CATEGORY_WIDTH, total) * math.sqrt(max(total / len(sizes), 1)),
+            middle=draw(keys[1], CATEGORY_WIDTH, CATEGORY_WIDTH),
+            outer=jnp.zeros((total, CATEGORY_WIDTH)),
+            shared=draw(keys[2], CATEGORY_WIDTH, given),
             bias=jnp.asarray(bias, float),
-            offset=jnp.zeros(WIDTH),
+            offset=jnp.zeros(CATEGORY_WIDTH),
             sizes=sizes,
         )
 
@@ -115,7 +121,11 @@ class Categories(Autoregressive):
         h = jax.nn.silu(h + self.shared @ given + self.offset)
         h = h + jax.nn.silu(before(unit[:, None] >= unit[None], self.middle) @ h)
         if key is not None:
-            h = jnp.where(jax.random.bernoulli(key, 1 - DROPOUT, h.shape), h / (1 - DROPOUT), 0.0)
+            h = jnp.where(
+                jax.random.bernoulli(key, 1 - CATEGORY_DROPOUT, h.shape),
+                h / (1 - CATEGORY_DROPOUT),
+                0.0,
+            )
         out = before(column[:, None] >= unit[None], self.outer) @ h + self.bias
         out = out + before(column[:, None] > column[None], self.direct) @ one_hot
         by_column = jnp.append(out, -jnp.inf)[table]
@@ -146,7 +156,7 @@ def _layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
     within = np.arange(len(column)) - _starts(sizes)[column]
     table = np.full((len(sizes), most), len(column))
     table[column, within] = np.arange(len(column))
-    return column, np.arange(WIDTH) % len(sizes), table, column * most + within
+    return column, np.arange(CATEGORY_WIDTH) % len(sizes), table, column * most + within
 
 
 @compiled
@@ -169,7 +179,7 @@ def _optimizer() -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
     return optax.chain(
-        optax.scale_by_adam(), optax.add_decayed_weights(WEIGHT_DECAY, mask=matrices)
+        optax.scale_by_adam(), optax.add_decayed_weights(CATEGORY_DECAY, mask=matrices)
     )
 
 
@@ -180,8 +190,8 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
     def step(i, carry):
         network, average, state = carry
         row_key, drop_key = jax.random.split(jax.random.fold_in(key, i))
-        rows = jax.random.randint(row_key, (BATCH_SIZE,), 0, len(modes))
-        keys = jax.random.split(drop_key, BATCH_SIZE)
+        rows = jax.random.randint(row_key, (CATEGORY_BATCH,), 0, len(modes))
+        keys = jax.random.split(drop_key, CATEGORY_BATCH)
 
         def loss(network):
             return -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
@@ -229,7 +239,7 @@ def train(
     network = average = Categories.make(init_key, modes, sizes, rows[1].shape[1])
     seen, state = _Validations(network), _optimizer().init(network)
     clock, step, due, drawn = Clock(begin), 0, 0.0, jax.tree.map(jnp.asarray, source.rows)
-    total = min(limits.steps, MAX_STEPS)
+    total = min(limits.steps, MAX_CATEGORY_STEPS)
     while True:
         with clock.running():
             found = np.asarray(log_probs(average, *aside), float)
@@ -238,7 +248,7 @@ def train(
             clock.spent = 0.0  # without compilation
         seen.add(average, step, clock.since_call, nats)
         part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
-        ended = part >= 1 or seen.worse >= PATIENCE_VALIDATIONS
+        ended = part >= 1 or seen.worse >= CATEGORY_PATIENCE
         if progress:
             text = described(progress, f"{step}", nats, seen.best_nll)
             show(text, look=ended or step >= due)
@@ -250,7 +260,7 @@ def train(
         with clock.running():
             block_key = jax.random.fold_in(key, step)
             if weighted:
-                block = source.take(block_key, STEPS_PER_VALIDATION * BATCH_SIZE)
+                block = source.take(block_key, STEPS_PER_VALIDATION * CATEGORY_BATCH)
                 drawn = jax.tree.map(jnp.asarray, block)
             schedule = *_rates(step, part), jnp.asarray(steps, jnp.int32)
             network, average, state = jax.block_until_ready(
@@ -263,7 +273,6 @@ def train(
 
 def _rates(step: int, part: float) -> tuple[Array, Array]:
     """The rate, and the weight of a step in the average, after a part of the training."""
-    before, warm_up = WARM_UP_STEPS
-    growth = min(1, (step + before) / warm_up)
-    rate = RATE * math.cos(0.5 * math.pi * part) ** 2 * growth
-    return jnp.asarray(rate), jnp.asarray(max(MIN_AVERAGE_WEIGHT, 10 / (10 + step)))
+    growth = min(1, (step + CATEGORY_FIRST_STEP) / CATEGORY_WARM_UP)
+    rate = CATEGORY_RATE * math.cos(0.5 * math.pi * part) ** 2 * growth
+    return jnp.asarray(rate), jnp.asarray(max(CATEGORY_AVERAGE_WEIGHT, 10 / (10 + step)))

@@ -1,5 +1,6 @@
 """Rows of a frame as arrays: modes, cells, and the features of the given columns."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import first_row
 from jaxode._jax.closure import compiled
 from jaxode.density.maps.box import Box
 from jaxode.density.noise import in_unit
@@ -93,13 +95,13 @@ class Encoder:
     @cached_property
     def box(self) -> Box | None:
         """The bounds of the scaled numbers."""
-        ends = np.array([self.columns[i].bounds_with_noise for i in self.numbers])
-        if not np.isfinite(ends).any():
+        bounds = np.array([self.columns[i].bounds_with_noise for i in self.numbers])
+        if not np.isfinite(bounds).any():
             return None
-        return Box(jnp.asarray(ends[:, 0]), jnp.asarray(ends[:, 1]))
+        return Box(jnp.asarray(bounds[:, 0]), jnp.asarray(bounds[:, 1]))
 
     def encode(self, frame: Any, name: str = "frame", *, missing: bool = False) -> Encoded:
-        """All columns of a frame; with `missing`, values may be missing that never were."""
+        """Encode all columns of a frame. With `missing`, values of any column may be missing."""
         n = len(frame)
         modes, cells, log_scale = np.zeros((n, len(self.columns)), int), [], np.zeros(n)
         for i, column in enumerate(self.columns):
@@ -118,64 +120,48 @@ class Encoder:
         return Encoded(modes, low, width, fill.astype(bool), features, log_scale)
 
     def possible(self, rows: Encoded) -> np.ndarray:
-        """Which rows have a density above zero: no value that training had not."""
+        """Mark rows whose density is not zero: training had all of their values."""
         return (rows.modes >= 0).all(axis=1) & (rows.log_scale > -np.inf)
 
     def features(self, frame: Any, name: str = "frame") -> np.ndarray:
         """The given columns as numbers of order one."""
-        parts = [np.zeros((len(frame), 0))]
+        features = [np.zeros((len(frame), 0))]
         for column in self.given:
-            parts.append(column.features(*self._read(name, frame, column)))
-        return np.concatenate(parts, 1)
+            features.append(column.features(*self._read(name, frame, column)))
+        return np.concatenate(features, 1)
 
     def _read(
         self, name: str, frame: Any, column: Column, allow_missing: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
+        """The mode and the number of each value. Raises for values that training does not allow."""
         values, missing, text = read(name, frame, column)
-        start = f"{arg(name)} column {column.name!r}"
+        where = f"{arg(name)} column {column.name!r}"
         if text != column.text and not missing.all():
             raise TypeError(
-                f"{start} must have the type it had in training, "
+                f"{where} must have the type it had in training, "
                 f"{'categories' if column.text else 'numbers'}; got {frame[column.name].dtype}."
             )
         mode, x = column.encode(values, missing)
 
-        def check(wrong: np.ndarray, rule: str, cure: str = "") -> None:
-            for row in np.flatnonzero(wrong):
-                got = "a missing one" if missing[row] else repr(values[row : row + 1].tolist()[0])
-                if column.dates is not None and not missing[row]:
-                    got = str(frame[column.name].to_list()[row])
-                raise ValueError(f"{start} {rule}; got {got} in row {row}.{cure}")
+        def shown(row: int) -> str:
+            if missing[row]:
+                return "a missing one"
+            if column.dates is not None:
+                return str(frame[column.name].to_list()[row])
+            return repr(values[row : row + 1].tolist()[0])
 
-        if not (column.missing or allow_missing):
-            check(missing, "had no missing values in training", " Leave it out, or fill it in.")
-        if column.kind == "categorical":
-            cure = " Train with other=, which pools rare ones, or leave the row out."
-            check((mode < 0) & ~missing, "must hold categories that were in training", cure)
-            return mode, x
-        if column.dates is not None:
-            unit = column.dates.name_of_unit
-            rule = f"must hold whole {unit}, as in training"
-            between = ~missing & (x != np.round(x)) & bool(column.grids[-1:] != (0.0,))
-            check(between, rule, f" Round it down to {unit}.")
-        if column.kind == "integer" and column.grids and column.grids[-1]:
-            cure = f" Train with kinds={{{column.name!r}: 'continuous'}}, or round it."
-            check(~missing & (x != np.round(x)), "must hold whole numbers, as in training", cure)
-        outside = ~missing & ((x < column.low) | (x > column.high))
-        rule = (
-            f"must lie within its bounds, {column.show(column.low)} to {column.show(column.high)}"
-        )
-        check(outside, rule, " Train with wider bounds, or leave the row out.")
-        if allow_missing:
-            cure = " Make it missing, or leave the row out."
-            check((mode < 0) & ~missing, "must hold numbers that were in training", cure)
+        def message(rule: str, row: int, cure: str) -> str:
+            return f"{where} {rule}; got {shown(row)} in row {row}.{cure}"
+
+        for rule, is_wrong, cure in _rules(column, mode, x, missing, allow_missing):
+            first_row(is_wrong, lambda row, rule=rule, cure=cure: message(rule, row, cure))
         return mode, x
 
     def context(self, modes: np.ndarray, given: np.ndarray) -> np.ndarray | None:
         """Context of the flow: indicators of the modes, and the features."""
-        parts = [np.eye(self.columns[i].modes)[modes[:, i]] for i in self.discrete]
-        together = np.concatenate([*parts, given], 1)
-        return together if together.shape[1] else None
+        indicators = [np.eye(self.columns[i].modes)[modes[:, i]] for i in self.discrete]
+        context = np.concatenate([*indicators, given], 1)
+        return context if context.shape[1] else None
 
     def as_cells(self, rows: Encoded) -> Cells:
         """The cells of rows, with their contexts."""
@@ -192,17 +178,41 @@ class Encoder:
         """The values of the modelled columns. Those that are not `drawn`, `[rows, columns]`, stay
         None."""
         drawn = np.broadcast_to(drawn, modes.shape)
-        draw, numbers = (
-            np.random.default_rng(seed),
-            {i: x[:, j] for j, i in enumerate(self.numbers)},
-        )
+        draw = np.random.default_rng(seed)
+        numbers = {i: x[:, j] for j, i in enumerate(self.numbers)}
         data = {}
         for i, column in enumerate(self.columns):
-            here, values = drawn[:, i], np.full(len(modes), None, object)
-            x_of = numbers.get(i, modes[:, i])
-            values[here] = column.decode(modes[here, i], x_of[here], draw)
+            is_drawn, values = drawn[:, i], np.full(len(modes), None, object)
+            column_x = numbers.get(i, modes[:, i])
+            values[is_drawn] = column.decode(modes[is_drawn, i], column_x[is_drawn], draw)
             data[column.name] = values if column.dates is None else column.dates.objects(values)
         return data
+
+
+def _rules(
+    column: Column, mode: np.ndarray, x: np.ndarray, missing: np.ndarray, allow_missing: bool
+) -> Iterator[tuple[str, np.ndarray, str]]:
+    """The rules for the values of a column, the rows that break each, and what to do there."""
+    is_new, is_broken = (mode < 0) & ~missing, ~missing & (x != np.round(x))
+    if not (column.missing or allow_missing):
+        yield "had no missing values in training", missing, " Leave it out, or fill it in."
+    if column.kind == "categorical":
+        cure = " Train with other=, which pools rare ones, or leave the row out."
+        yield "must hold categories that were in training", is_new, cure
+        return
+    if column.dates is not None and column.grids[-1:] != (0.0,):
+        unit = column.dates.name_of_unit
+        yield f"must hold whole {unit}, as in training", is_broken, f" Round it down to {unit}."
+    if column.kind == "integer" and column.grids and column.grids[-1]:
+        cure = f" Train with kinds={{{column.name!r}: 'continuous'}}, or round it."
+        yield "must hold whole numbers, as in training", is_broken, cure
+    bounds = f"{column.show(column.low)} to {column.show(column.high)}"
+    is_outside = ~missing & ((x < column.low) | (x > column.high))
+    cure = " Train with wider bounds, or leave the row out."
+    yield f"must lie within its bounds, {bounds}", is_outside, cure
+    if allow_missing:
+        cure = " Make it missing, or leave the row out."
+        yield "must hold numbers that were in training", is_new, cure
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ class CellNoise:
         return Rows(with_noise(self.domain, rows, key)[0], rows.context)
 
     def log_density(self, rows: Cells, noisy: Rows) -> float:
-        return 0.0  # left out of validations: the same for all parameters
+        return 0.0  # validations leave it out, since it does not depend on parameters
 
 
 def with_noise(
@@ -232,13 +242,13 @@ def with_noise(
 
 
 def _split_domain(domain: Domain) -> tuple[Box | None, tuple[bool, ...]]:
-    """Values for a program, and what it must know."""
+    """Split into arrays, which may change, and static values, for which a program is compiled."""
     return domain.box, tuple(domain.angle.tolist())
 
 
 @compiled
 def _with_noise(box, are_angles, x, width, fill, key):
-    """One program: several calls have shapes of their own, and would compile each operation."""
+    """One program, since shapes vary between calls, and each operation would compile by itself."""
     cell_key, fill_key = jax.random.split(key)
     x, width, fill = jnp.asarray(x), jnp.asarray(width), jnp.asarray(fill)
     in_cell = x + width * in_unit(cell_key, x, 1e-6)
@@ -257,12 +267,12 @@ def into_domain(domain: Domain, v: Float[Array, "rows numbers"]) -> tuple[Array,
 @compiled
 def _into_domain(box, are_angles, v):
     angle = np.array(are_angles)
-    x, slope = (v, jnp.zeros_like(v)) if box is None else _of_each(box, Box.forward, v)
+    x, slope = (v, jnp.zeros_like(v)) if box is None else _by_number(box, Box.forward, v)
     if not angle.any():
         return x, slope
-    of_turn = -jnp.log(TURN) - jax.scipy.stats.norm.logpdf(v)
-    turn = TURN * jax.scipy.special.ndtr(v)
-    return jnp.where(angle[None], turn, x), jnp.where(angle[None], of_turn, slope)
+    angle_slope = -jnp.log(TURN) - jax.scipy.stats.norm.logpdf(v)
+    angles = TURN * jax.scipy.special.ndtr(v)
+    return jnp.where(angle[None], angles, x), jnp.where(angle[None], angle_slope, slope)
 
 
 def out_of_domain(domain: Domain, x: Float[Array, "rows numbers"]) -> Array:
@@ -273,13 +283,14 @@ def out_of_domain(domain: Domain, x: Float[Array, "rows numbers"]) -> Array:
 @compiled
 def _out_of_domain(box, are_angles, x):
     angle = np.array(are_angles)
-    v = x if box is None else _of_each(box, Box.inverse, x)[0]
+    v = x if box is None else _by_number(box, Box.inverse, x)[0]
     if not angle.any():
         return v
     level = jnp.clip(x / TURN - jnp.floor(x / TURN), 1e-6, 1 - 1e-6)
     return jnp.where(angle[None], jax.scipy.special.ndtri(level), v)
 
 
-def _of_each(box: Box, method: Any, x: Array) -> tuple[Array, Array]:
-    of_number = jax.vmap(lambda low, high, x: method(Box(low, high), x))
-    return jax.vmap(of_number, (None, None, 0))(box.low, box.high, x)
+def _by_number(box: Box, method: Any, x: Array) -> tuple[Array, Array]:
+    """Apply a method of `Box` to each number of each row by itself."""
+    map_numbers = jax.vmap(lambda low, high, x: method(Box(low, high), x))
+    return jax.vmap(map_numbers, (None, None, 0))(box.low, box.high, x)

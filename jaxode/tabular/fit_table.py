@@ -33,15 +33,19 @@ from jaxode.training.loop import Clock, Limits, Plan, Point
 from jaxode.training.sources import InMemory
 from jaxode.training.trials import powers_to_try
 
-MEMBERS, MAX_ROWS_OF_SEVERAL = 5, 5000  # networks, up to so many rows
-WIDTH_OF_MEMBER, BATCH_OF_MEMBER = 64, 256
-# Up to which the weights decay at the full rate: that of one network, which learns the rows, and
-# that of each of several, whose mean does not.
-FEW_ROWS, DECAY, DECAY_OF_MEMBER = 3000, 1.0, 0.3
-# Of solves of one number, whose levels must not fall: the estimate of its error is zero now and
-# then, and a long step that passes moves a level by 0.008. Of several, whose noise is larger.
-ONE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
-SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
+MEMBERS = 5  # networks of an ensemble by default
+MAX_ENSEMBLE_ROWS = 5000  # beyond, one network is the default
+MEMBER_WIDTH = 64  # units of a layer
+MEMBER_BATCH = 256  # rows of a step
+# Weights decay at these multiples of the rate: one network would learn the rows by heart, the mean
+# of several does not. In larger tables, the decay falls with one by the number of rows.
+TABLE_DECAY = 1.0
+MEMBER_DECAY = 0.3
+FULL_DECAY_ROWS = 3000
+# Levels of one number must not fall. The estimate of its error is zero now and then, and a long
+# step that passes moves a level by 0.008; so its steps are short. Several numbers have more noise.
+SOLVE_OF_ONE_NUMBER: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
+SOLVE_OF_SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @public("tabular.fit", single_precision)
@@ -137,7 +141,7 @@ def fit(
     network, density, moments, points = None, None, None, []
     if encoder.discrete:
         if encoder.numbers:
-            limits, of_rest = _split_seconds(limits, categorical.PART_OF_SECONDS)
+            limits, of_rest = _split_seconds(limits, categorical.CATEGORY_PART_OF_SECONDS)
             plan = plan._replace(limits=of_rest)
         network, points = _train_categories(encoder, parts, keys[1], limits, progress, begin)
     if encoder.numbers:
@@ -173,7 +177,7 @@ def _members(members: int | None, rows: int) -> int:
     """The number of networks of the numbers."""
     if members is not None:
         return integer("members", members)
-    return MEMBERS if rows <= MAX_ROWS_OF_SEVERAL else 1
+    return MEMBERS if rows <= MAX_ENSEMBLE_ROWS else 1
 
 
 class Part(NamedTuple):
@@ -198,28 +202,28 @@ def _split(
     if not is_number(validation):
         aside = encoder.encode(frames.as_frame("validation", validation), "validation")
         possible = encoder.possible(aside)
-        known = np.flatnonzero(possible)
-        if not len(known):
+        usable = np.flatnonzero(possible)
+        if not len(usable):
             raise ValueError(
                 f"{arg('validation')} must have at least one row whose values were in training; "
                 "got none."
             )
-        if len(known) < len(possible):
+        if len(usable) < len(possible):
             warnings.warn(
                 f"{arg('validation')} must have values that were in training; got others in "
-                f"{len(possible) - len(known)} of {len(possible)} rows, such as row "
+                f"{len(possible) - len(usable)} of {len(possible)} rows, such as row "
                 f"{np.argmin(possible)}. Their density is zero, and the score leaves them out.",
                 stacklevel=4,
             )
-        aside = take(aside, draw.permutation(known)[:MAX_VALIDATION_ROWS])
+        aside = take(aside, draw.permutation(usable)[:MAX_VALIDATION_ROWS])
         return [Part(rows, aside, weights)] * members
 
-    def of(chosen):
+    def weights_of(chosen):
         return None if weights is None else weights[chosen]
 
     return [
-        Part(take(rows, own), take(rows, aside), of(own), of(aside))
-        for own, aside in split_rows(validation, draw.permutation(len(frame)), members)
+        Part(take(rows, train), take(rows, aside), weights_of(train), weights_of(aside))
+        for train, aside in split_rows(validation, draw.permutation(len(frame)), members)
     ]
 
 
@@ -273,21 +277,21 @@ def _train_numbers(
         period = np.where(angle, TURN, np.inf)
         base = torus(size, period)
 
-    known = {"context_size": features, "period": period}
-    part_of_few, decay = min(1.0, FEW_ROWS / len(parts[0].rows.modes)), DECAY
+    options = {"context_size": features, "period": period}
+    size_factor, decay = min(1.0, FULL_DECAY_ROWS / len(parts[0].rows.modes)), TABLE_DECAY
     if len(parts) == 1:
-        params = Residual(size, key=network_key, **known)
+        params = Residual(size, key=network_key, **options)
     else:
 
         def make(key):
-            return Residual(size, WIDTH_OF_MEMBER, key=key, **known)
+            return Residual(size, MEMBER_WIDTH, key=key, **options)
 
         params = Ensemble(make, len(parts), key=network_key)
-        plan, decay = plan._replace(batch_size=BATCH_OF_MEMBER), DECAY_OF_MEMBER
-    flow = cnf(field, base, **(ONE if size == 1 else SEVERAL))
+        plan, decay = plan._replace(batch_size=MEMBER_BATCH), MEMBER_DECAY
+    flow = cnf(field, base, **(SOLVE_OF_ONE_NUMBER if size == 1 else SOLVE_OF_SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
     density = bind(flow, params, support=support)
-    optimizer = adam(MATCHING_RATE, decay * part_of_few)
+    optimizer = adam(MATCHING_RATE, decay * size_factor)
     plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
     keys = Keys(*jax.random.split(train_key, 5))
     return train(density, datasets, plan, keys, Clock(begin))
@@ -315,15 +319,15 @@ def _levels_aside(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The levels of rows aside, each in the density of a network that did not train on it, and
     their weights, if there are any."""
-    found, weights = [], []
+    all_levels, weights = [], []
     for part, network in zip(parts, members_of(density.params), strict=False):
         cells = encoder.as_cells(part.aside)
         x, _ = with_noise(encoder.domain, cells, key)
         levels = density.with_params(network).cdf(x, context=cells.context)
-        there = ~cells.fill[:, 0]
-        found.append(np.asarray(levels)[there])
-        weights.append(None if part.of_aside is None else part.of_aside[there])
-    return np.concatenate(found), None if weights[0] is None else np.concatenate(weights)
+        is_number = ~cells.fill[:, 0]
+        all_levels.append(np.asarray(levels)[is_number])
+        weights.append(None if part.of_aside is None else part.of_aside[is_number])
+    return np.concatenate(all_levels), None if weights[0] is None else np.concatenate(weights)
 
 
 def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):

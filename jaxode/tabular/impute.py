@@ -15,7 +15,8 @@ from jaxtyping import PRNGKeyArray
 from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Cells, Encoded, into_domain, out_of_domain, with_noise
 
-PROPOSALS, WIDER = 32, 1.3  # of a row, at least, and the factor of their standard deviations
+MIN_PROPOSALS = 32  # of a row
+PROPOSAL_WIDTH = 1.3  # factor of their standard deviations, so that their tails are heavier
 ROWS_OF_IMPUTATION = 256  # at a time
 
 
@@ -36,7 +37,7 @@ def impute(
 def _impute(
     table: Any, key: PRNGKeyArray, rows: Encoded, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    encoder, count, proposals = table.encoder, len(rows.modes), max(PROPOSALS, 4 * n)
+    encoder, count, proposals = table.encoder, len(rows.modes), max(MIN_PROPOSALS, 4 * n)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, proposals, axis=0), rows)
     missing = encoder.missing(rows.modes)
@@ -85,15 +86,15 @@ def _propose(key, v: np.ndarray, missing: np.ndarray, mean: np.ndarray, cov: np.
     draws, log_density = np.array(v), np.zeros(len(v))
     noise = np.asarray(jax.random.normal(key, v.shape), float)
     for pattern in np.unique(missing, axis=0):
-        here, m, k = (missing == pattern).all(axis=1), pattern, ~pattern
+        rows, m, k = (missing == pattern).all(axis=1), pattern, ~pattern
         if not m.any():
             continue
         gain = cov[np.ix_(m, k)] @ np.linalg.pinv(cov[np.ix_(k, k)], hermitian=True)
-        spread = WIDER**2 * (cov[np.ix_(m, m)] - gain @ cov[np.ix_(k, m)])
+        spread = PROPOSAL_WIDTH**2 * (cov[np.ix_(m, m)] - gain @ cov[np.ix_(k, m)])
         root = np.linalg.cholesky(spread + 1e-6 * np.eye(m.sum()))
-        center = mean[m] + (v[here][:, k] - mean[k]) @ gain.T
-        e = noise[here][:, m]
-        draws[np.ix_(here, m)] = center + e @ root.T
-        log_density[here] = (-0.5 * e**2 - 0.5 * np.log(2 * np.pi)).sum(1)
-        log_density[here] -= np.log(np.diag(root)).sum()
+        center = mean[m] + (v[rows][:, k] - mean[k]) @ gain.T
+        e = noise[rows][:, m]
+        draws[np.ix_(rows, m)] = center + e @ root.T
+        log_density[rows] = (-0.5 * e**2 - 0.5 * np.log(2 * np.pi)).sum(1)
+        log_density[rows] -= np.log(np.diag(root)).sum()
     return draws, log_density

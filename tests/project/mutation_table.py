@@ -331,7 +331,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "network.jumped(state, mixture, y, jnp.zeros(y.shape, bool)), y"),
     # A channel that was never seen has a recent value.
     ("series/series_model.py",
-     "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
+     "jnp.where(was_observed, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
     # An observation without a channel is one with its mean.
     ("series/series_network.py",
      "jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)",
@@ -350,7 +350,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/series_network.py", "self.recall * jnp.exp(-jnp.exp(self.forget) * state.since)",
      "self.recall"),
     # Training reads the values whose density it maximizes from what is set aside as gaps.
-    ("series/fit_series.py", "some = there & jnp.where", "some = jnp.where"),
+    ("series/fit_series.py", "visible = there & jnp.where", "visible = jnp.where"),
     # A jump of the user takes the place of the field.
     ("series/fit_series.py", '"jump": ("jump", jump, (h, seen, None))',
      '"jump": ("jump", None, (h, seen, None))'),
@@ -358,13 +358,13 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/fit_series.py", "return run.best.with_params(plan.devices.from_all(run.best.params))",
      "return model.with_params(plan.devices.from_all(model.params))"),
     # Units of the data change what is learnt.
-    ("series/units.py", "(np.where(there, ys, self.mean) - self.mean) / self.sd",
-     "np.where(there, ys, self.mean) - self.mean"),
+    ("series/units.py", "(np.where(is_observed, ys, self.mean) - self.mean) / self.sd",
+     "np.where(is_observed, ys, self.mean) - self.mean"),
     # Times in a row may come before others.
     ("series/units.py", "(step < 0) | ((step == 0) & before_last)", "(step == 0) & before_last"),
     # A level that stays is forgotten.
-    ("series/units.py", "np.exp(-np.exp(LOG_RATES)[:, None] * (t1 - t0)) * y0",
-     "np.exp(-np.exp(LOG_RATES)[:, None] * t1) * y0"),
+    ("series/units.py", "np.exp(-np.exp(LOG_RECALL_RATES)[:, None] * wait) * y[first]",
+     "np.exp(-np.exp(LOG_RECALL_RATES)[:, None] * t[second]) * y[first]"),
     # A network sees a context once for each sample.
     ("density/contexts.py", "or context is None or self.shapes is None:", "or True:"),
     # The gradient of a set with gaps is NaN.
@@ -715,7 +715,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("tabular/columns/column.py", "self._warn_of_clipped(clipped, len(mode))",
      "self._warn_of_moved(moved, max(moved, 1))"),
     # Rows that training could not have count in the score.
-    ("tabular/fit_table.py", "known = np.flatnonzero(possible)",
+    ("tabular/fit_table.py", "usable = np.flatnonzero(possible)",
      "known = np.arange(len(possible))"),
     # Levels are judged by the networks that were trained on their rows.
     ("tabular/fit_table.py", "cells = encoder.as_cells(part.aside)",

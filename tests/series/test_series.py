@@ -54,7 +54,9 @@ def untrained(ts: np.ndarray = TS, ys: np.ndarray = YS) -> Series:
     """What training begins with: most of what a model promises holds for any network."""
     units = Units.of(ts, ys, None)
     starts = recalled(units.seen(ts, ys))
-    network = SeriesNetwork.make(jax.random.key(0), 0, 4, units.gap, starts, fit_series.DROPOUT)
+    network = SeriesNetwork.make(
+        jax.random.key(0), 0, 4, units.gap, starts, fit_series.SERIES_DROPOUT
+    )
     return Series(network, units)
 
 
@@ -456,7 +458,9 @@ def test_training_is_better_than_its_start_and_shows_so(of_context):
     """In nats of a value, on the series that it trained on and those that it did not."""
     units = of_context.units
     starts = recalled(units.seen(TS, LEVELS))
-    network = SeriesNetwork.make(jax.random.key(0), 1, 4, units.gap, starts, fit_series.DROPOUT)
+    network = SeriesNetwork.make(
+        jax.random.key(0), 1, 4, units.gap, starts, fit_series.SERIES_DROPOUT
+    )
     before = of_context.with_params(network).log_prob(TS, LEVELS, context=CONTEXT)
     after = of_context.log_prob(TS, LEVELS, context=CONTEXT)
     assert (after - before).sum() / np.count_nonzero(~np.isnan(YS)) > 0.1

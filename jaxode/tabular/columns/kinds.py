@@ -79,8 +79,9 @@ def _column(
     is_given: bool,
     weights: np.ndarray | None,
 ) -> Column:
-    kind, more = kind if isinstance(kind, tuple) else (kind, None)
-    dates = _dates(frame, name, kind, more, is_given)
+    """The column, as its kind, bounds and values say. Raises where they contradict each other."""
+    kind, option = kind if isinstance(kind, tuple) else (kind, None)  # a period, or a format
+    dates = _dates(frame, name, kind, option, is_given)
     read = frames.read if dates is None else dates.values
     values, missing, text = read("frame", frame, name)
     numbers = values[~missing]
@@ -104,20 +105,22 @@ def _column(
     if kind == "periodic":
         if bounds is not None:
             raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
-        circle = Circle.of(name, numbers, more)
+        circle = Circle.of(name, numbers, option)
         if not is_given:
             return angular(name, values, missing, circle)
-        some, scale = bool(missing.any()), circle.period / TURN
-        return Column(name, kind, (), (0.0,), some, scale=scale, circle=circle)
+        scale = circle.period / TURN
+        return Column(name, kind, (), (0.0,), bool(missing.any()), scale=scale, circle=circle)
     kind = _number_kind(name, kind, numbers, dates)
     if is_given:
-        some, center = bool(missing.any()), float(np.median(numbers))
-        scale = spread(name, numbers, dates)
-        return Column(name, kind, (), (0.0,), some, center=center, scale=scale, dates=dates)
+        return Column(
+            name, kind, (), (0.0,), bool(missing.any()), center=float(np.median(numbers)),
+            scale=spread(name, numbers, dates), dates=dates,
+        )  # fmt: skip
     if dates is None:
-        return numeric(name, kind, values, missing, *_bounds(name, bounds, numbers))
-    ends = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
-    return numeric(name, kind, values, missing, *ends, dates=dates)
+        low, high = _bounds(name, bounds, numbers)
+    else:
+        low, high = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
+    return numeric(name, kind, values, missing, low, high, dates)
 
 
 def _number_kind(name: str, kind: str | None, numbers: np.ndarray, dates: Dates | None) -> str:
@@ -151,8 +154,8 @@ def _bounds(
         return -np.inf, np.inf
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise ValueError(f"{arg('bounds')} must be pairs (low, high); got {bounds!r} for {name!r}.")
-    ends = zip(bounds, (-np.inf, np.inf), strict=True)
-    low, high = (default if bound is None else bound for bound, default in ends)
+    pairs = zip(bounds, (-np.inf, np.inf), strict=True)
+    low, high = (default if bound is None else bound for bound, default in pairs)
     check_number("bounds", low)
     check_number("bounds", high)
     least, most = values.min(), values.max()
