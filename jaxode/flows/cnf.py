@@ -6,7 +6,7 @@ trajectory `d/dt log p(z(t)) = -div f`, so
     log p(x) = log p_base(z(t0)) - integral over [t0, t1] of div f dt.
 
 This file decides in which direction of time each method solves, and with which sign. The training
-loss is in `jaxode/flows/likelihood/objective.py`.
+loss is in `jaxode/flows/nll.py`.
 
 References: Chen et al. (2018), arXiv:1806.07366; Grathwohl et al. (2019), arXiv:1810.01367.
 """
@@ -46,8 +46,8 @@ from jaxode.flows.bases import BaseDensity, has_edge
 from jaxode.flows.chunks import Chunks, in_chunks
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.flows.integrands import Integrands
-from jaxode.flows.likelihood.objective import NLLStats
 from jaxode.flows.matching import matching_loss
+from jaxode.flows.nll import NLLStats
 from jaxode.flows.periods import period_faults
 from jaxode.flows.reverse_kl import Target
 from jaxode.ode.field import Completed, VectorField, check_field

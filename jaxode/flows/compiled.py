@@ -16,13 +16,9 @@ from jaxode._jax.closure import compiled
 from jaxode.flows.bases import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.keys import of_each_row
-from jaxode.flows.likelihood.objective import (
-    Objective,
-    evaluate,
-    unused_rows,
-    with_integrals,
-)
+from jaxode.flows.nll import NLL, evaluate, with_integrals
 from jaxode.flows.periods import with_periods
+from jaxode.ode.bolza import unused_rows
 from jaxode.ode.solution import Solution
 from jaxode.ode.solve import run
 from jaxode.ode.system import System
@@ -88,7 +84,7 @@ def nll(system: System, parts, key, weights):
     axis_name, x = system.stepper.axis_name, system.y0
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
-    loss, stats, t_reached = evaluate(Objective(system, integrands, base, probes, weights))
+    loss, stats, t_reached = evaluate(NLL(system, integrands, base, probes, weights))
     failed = stats.result != Result.SUCCESS
     result = jnp.where(valid | failed, stats.result, Result.INVALID_ARGUMENT)
     unused = unused_rows(result, weights).reshape(result.shape)

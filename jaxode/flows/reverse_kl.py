@@ -21,7 +21,7 @@ from jaxode._jax.primitives import first_derivatives_only
 from jaxode.flows.bases import BaseDensity, in_one_period, log_prob_of
 from jaxode.flows.compiled import probes_of
 from jaxode.flows.integrands import SCORE, Integrands
-from jaxode.flows.likelihood.objective import with_integrals
+from jaxode.flows.nll import with_integrals
 from jaxode.flows.periods import with_periods
 from jaxode.ode.adjoints.base import nan_unless
 from jaxode.ode.solution import Solution

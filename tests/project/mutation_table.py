@@ -51,7 +51,7 @@ FIRST = {
     "flows/embedding": ("tests/density/test_embed.py",),
     "flows/chunks": ("tests/flows/test_chunks.py",),
     "flows/centered": ("tests/flows/test_distributions.py",),
-    "flows/likelihood": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
+    "flows/nll": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
     "images": ("tests/test_images.py",),
     "interop": ("tests/interop/test_interop.py",),
     "nn": ("tests/flows/test_nn.py",),
@@ -62,10 +62,12 @@ FIRST = {
     "ode/adjoints/backsolve": ("tests/ode/test_backsolve.py",),
     "ode/adjoints/base": ("tests/ode/test_failed_gradients.py",),
     "ode/adjoints/discrete": ("tests/ode/test_dense.py",),
+    "ode/bolza": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
     "ode/dense": ("tests/ode/test_dense.py",),
     "ode/events": ("tests/ode/test_events.py",),
     "ode/field": ("tests/test_inputs.py",),
     "ode/options": ("tests/ode/test_failures.py",),
+    "ode/quadrature": ("tests/flows/test_flow_features.py", "tests/flows/test_bad_data.py"),
     "ode/pieces": ("tests/ode/test_jumps.py", "tests/ode/test_breakpoints.py"),
     "ode/loop/crossing": ("tests/ode/test_events.py",),
     "ode/loop/integrate": ("tests/ode/test_events.py",),
@@ -200,7 +202,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("ode/adjoints/backsolve.py", "weight = jnp.where(start == end, span, 0)",
      "weight = jnp.where(start == end, 0 * span, 0)"),
     # The gradient of the loss is that of the loss alone, whatever depends on the loss.
-    ("flows/likelihood/objective.py",
+    ("ode/bolza.py",
      "return [bar * bars[0].astype(bar.dtype) for bar in gradient]", "return gradient"),
     # Wrong under `jax.vmap` with `in_axes=1`.
     ("_jax/vmap_rule.py", "else jax.numpy.moveaxis(x, axis, 0)", "else x"),
@@ -410,16 +412,14 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("flows/chunks.py", "leaf.swapaxes(0, 1).reshape(-1, *", "leaf.reshape(-1, *"),
     ("flows/centered.py", "div - jnp.trace(moved(jnp.zeros_like(z[0])))", "div"),
     # Running costs are negative.
-    ("flows/likelihood/quadrature.py", "[jnp.abs(weight)] * (costs - 1)", "[weight] * (costs - 1)"),
+    ("ode/quadrature.py", "[jnp.abs(weight)] * (count - 1)", "[weight] * (count - 1)"),
     # A row of weight zero that ends where the base has no density makes the loss NaN.
-    ("flows/likelihood/objective.py",
-     "jnp.where(unused | ((weights == 0) & ~jnp.isfinite(losses)), 0, losses)",
-     "jnp.where(unused, 0, losses)"),
+    ("ode/bolza.py", "unused | ((weights == 0) & ~jnp.isfinite(of_rows))", "unused"),
     # The gradient by the times forgets the sizes of the steps.
-    ("flows/likelihood/objective.py", "swept.t0 + by_times[0], swept.t1 + by_times[1]",
+    ("ode/bolza.py", "swept.t0 + by_times[0], swept.t1 + by_times[1]",
      "swept.t0, swept.t1"),
     # Rows that fail are left out of the loss in silence.
-    ("flows/likelihood/objective.py", "failed & (weights == 0) if result.shape",
+    ("ode/bolza.py", "failed & (weights == 0) if result.shape",
      "failed if result.shape"),
     ("interop/to_numpyro.py", "return -self.map(self.held.forward, x)[1]",
      "return self.map(self.held.forward, x)[1]"),

@@ -1,8 +1,8 @@
-"""The quadrature of costs along the recorded steps, on the solver's dense output.
+"""The quadrature of integrands along the recorded steps, on the solver's dense output.
 
 If the last stage of a step is the first stage of the next, both steps have a node there
-(Gauss-Lobatto; otherwise Gauss-Legendre). Costs are then evaluated together with that stage, whose
-vector field they need anyway.
+(Gauss-Lobatto; otherwise Gauss-Legendre). Integrands are then evaluated together with that stage,
+since those of a flow need its vector field anyway.
 """
 
 from collections.abc import Callable
@@ -40,12 +40,15 @@ def gauss(method: Method) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Quadrature(NamedTuple):
-    """The quadrature of the costs within a step."""
+    """The quadrature of the integrands within a step."""
 
     solved: Solved
     apply: Callable[..., Float[Array, "batch values"]]
-    """The costs as a function of `(params, t, y)`; if `shared`, the vector field follows."""
-    bars: Float[Array, "batch costs"]
+    """The integrands as a function of `(params, t, y)`; if `shared`, the vector field follows.
+
+    The first one is integrated in the direction of the solve, the others forward in time.
+    """
+    bars: Float[Array, "batch integrals"]
     """The cotangents of the integrals."""
     together: bool
     """Whether the nodes inside a step are one batch, for accelerators."""
@@ -101,23 +104,20 @@ class Quadrature(NamedTuple):
         beta = weights.T[..., None]
         return step.t + theta * step.h, step.y + step.h[:, None] * slope, slope, beta
 
-    def _scale(self, weight: Float[Array, " rows"]) -> Float[Array, "batch costs"]:
-        """The factors of the costs at a node in their integrals.
+    def _scale(self, weight: Float[Array, " rows"]) -> Float[Array, "batch integrals"]:
+        """The factors of the integrands at a node in their integrals."""
+        _, count = shape = self.bars.shape
+        signed = [weight] + [jnp.abs(weight)] * (count - 1)
+        return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), shape)
 
-        The divergence is integrated in the direction of the solve, running costs forward in time.
-        """
-        batch, costs = self.bars.shape
-        signed = [weight] + [jnp.abs(weight)] * (costs - 1)
-        return jnp.broadcast_to(jnp.stack(signed, -1).astype(self.bars.dtype), (batch, costs))
-
-    def evaluate(self, step: Step, after, index) -> Float[Array, "batch costs"]:
+    def evaluate(self, step: Step, after, index) -> Float[Array, "batch integrals"]:
         """The contribution of a node to the integrals."""
         time, state, _, _ = self._state(step, self._place(step, index))
         values = self.apply(self.solved.params, time, state)
         scale = self._scale(self._weight(index, step.h, after))
         return scale * values[:, : self.bars.shape[1]]
 
-    def along(self) -> Float[Array, "batch costs"]:
+    def along(self) -> Float[Array, "batch integrals"]:
         """The integrals along the recorded steps, summed in the order of the sweep."""
 
         def visit(step: Step, number, carry):
@@ -140,9 +140,9 @@ class Quadrature(NamedTuple):
         integrals, by_times, after = carry
         speeds = None
         if self.solved.timed:
-            own = self.solved.step_tangents(step.t, step.h, number)
-            others = self.solved.step_tangents(step.t + step.h, after, number + 1)
-            speeds = [(a.h, b.h) for a, b in zip(own, others, strict=True)]
+            of_step = self.solved.step_tangents(step.t, step.h, number)
+            of_next = self.solved.step_tangents(step.t + step.h, after, number + 1)
+            speeds = [(this.h, next_.h) for this, next_ in zip(of_step, of_next, strict=True)]
 
         def add(index, carry):
             return self._add(step, after, index, speeds, carry)
@@ -171,7 +171,7 @@ class Quadrature(NamedTuple):
         `speeds` are the derivatives of the sizes of this and the next step, with respect to each
         time.
         """
-        each = jax.vmap if index.ndim else lambda f, *_: f
+        over_nodes = jax.vmap if index.ndim else lambda f, *_: f
         bar, params_bar, integrals, by_times = carry
 
         def place(index):
@@ -179,8 +179,8 @@ class Quadrature(NamedTuple):
             scale = self._scale(self._weight(index, step.h, after))
             return theta, scale, self._state(step, theta), self._values_bar(scale, bar, index)
 
-        theta, scale, (time, state, slope, beta), values_bar = each(place)(index)
-        apply = each(self.apply, (None, 0, 0))
+        theta, scale, (time, state, slope, beta), values_bar = over_nodes(place)(index)
+        apply = over_nodes(self.apply, (None, 0, 0))
         params, timed = self.solved.params, self.solved.timed
         pulled = pulled_back(apply, params, time, state, values_bar, timed)
         values, dparams, dtime, dstate = pulled
@@ -196,15 +196,19 @@ class Quadrature(NamedTuple):
             weight = self._weight(index, step.h, after)
             per_size = jnp.where(weight == 0, 0.0, 1 / jnp.where(weight == 0, 1.0, weight))
             per_size = per_size * jnp.sum(self.bars * of_node, axis=1).astype(weight.dtype)
-            moved = [reduce_rows(jnp.sum, per_size * self._weight(index, *h), h[0]) for h in speeds]
-            return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(moved)
+            by_time = [
+                reduce_rows(jnp.sum, per_size * self._weight(index, *speed), speed[0])
+                for speed in speeds
+            ]
+            return Step(dtime, along, dstate, k_bar), of_node, jnp.stack(by_time)
 
-        new = each(contribution)(index, theta, scale, values, slope, beta, dtime, dstate)
+        of_nodes = index, theta, scale, values, slope, beta, dtime, dstate
+        contributions = over_nodes(contribution)(*of_nodes)
         if index.ndim:
-            new = jax.tree.map(lambda x: x.sum(0), new)
+            contributions = jax.tree.map(lambda x: x.sum(0), contributions)
 
         def add(x, dx):
             return x if dx is None else x + dx
 
-        bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), new)
+        bar, integrals, by_times = jax.tree.map(add, (bar, integrals, by_times), contributions)
         return bar, jax.tree.map(jnp.add, params_bar, dparams), integrals, by_times
