@@ -22,9 +22,9 @@ def numpyro(density: Density, context: PyTree = None) -> Any:
         ModuleNotFoundError: if numpyro is not installed.
     """
     _check_all_coordinates("numpyro", density)
-    from jaxode.interop.to_numpyro import FlowDistribution
+    from jaxode.interop.to_numpyro import NumpyroDistribution
 
-    return FlowDistribution(density, context)
+    return NumpyroDistribution(density, context)
 
 
 def flowjax(density: Density) -> Any:
@@ -41,9 +41,9 @@ def flowjax(density: Density) -> Any:
         ModuleNotFoundError: if flowjax is not installed.
     """
     _check_all_coordinates("flowjax", density)
-    from jaxode.interop.to_flowjax import FlowDistribution
+    from jaxode.interop.to_flowjax import FlowjaxDistribution
 
-    return FlowDistribution.of(density)
+    return FlowjaxDistribution.of_density(density)
 
 
 def _check_all_coordinates(name: str, density: Density) -> None:

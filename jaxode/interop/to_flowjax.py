@@ -6,7 +6,7 @@ from flowjax.distributions import AbstractDistribution
 from jaxode.density.density import Density
 
 
-class FlowDistribution(AbstractDistribution):
+class FlowjaxDistribution(AbstractDistribution):
     """The flowjax interface, for one event and one condition."""
 
     density: Density
@@ -14,7 +14,7 @@ class FlowDistribution(AbstractDistribution):
     cond_shape: tuple[int, ...] | None = eqx.field(static=True)
 
     @classmethod
-    def of(cls, density: Density) -> "FlowDistribution":
+    def of_density(cls, density: Density) -> "FlowjaxDistribution":
         shapes = density.contexts.shapes
         if shapes is not None and len(shapes) > 1:
             raise ValueError(
@@ -26,7 +26,7 @@ class FlowDistribution(AbstractDistribution):
 
     def _context(self, condition):
         if condition is not None and self.cond_shape is None:
-            # flowjax would pass those of all samples as that of each.
+            # flowjax would pass the conditions of all samples to each of them.
             raise ValueError(
                 "interop.flowjax(density=...): a condition needs a context whose shape is known. "
                 "Pass context_shape= to bind."

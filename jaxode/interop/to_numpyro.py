@@ -15,7 +15,7 @@ from jaxode.density.density import Density
 from jaxode.density.maps.base import Map
 
 
-class FlowDistribution(dist.Distribution):
+class NumpyroDistribution(dist.Distribution):
     """The numpyro interface. Its parameters are the leaves of the density."""
 
     pytree_data_fields = ("density", "context")
