@@ -1,10 +1,9 @@
-"""What `fit` trains on: rows that are checked, some set aside, with noise, and as the flow sees
-them."""
+"""The data of `fit`: check the rows, set some aside, add noise, and map them to the flow."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +31,35 @@ from jaxode.training.files import MAX_ROWS_COPIED, Without, check_in_parts
 from jaxode.training.iterators import Stream, is_stream
 from jaxode.training.sources import FromIterable, InFile, InMemory, Rows, Share, Source
 
-MAX_VALIDATION_ROWS, MIN_ROWS = 1000, 10
+MAX_VALIDATION_ROWS = 1000  # more rows set aside, or passed as validation=, are not used
+MIN_ROWS = 10  # rows that `fit` needs at least, before some are set aside
 
 PART_TYPES = int | float | np.number
 PART_RULE = Rule(NUMBER, lambda part: (part > 0) & (part < 1), "must be between 0 and 1")
+
+
+class DataArguments(NamedTuple):
+    """The arguments of `fit` that say what to train on, as the user passed them."""
+
+    x: Any
+    context: PyTree = None
+    weights: Any = None
+    validation: Any = 0.1
+    dequantize: bool | Noise = False
+
+    def without_unweighted_rows(self) -> "DataArguments":
+        """Leave out the rows of weight zero."""
+        x, context, weights = weighted_rows(self.x, self.context, self.weights)
+        return self._replace(x=x, context=context, weights=weights)
+
+
+class Split(NamedTuple):
+    """Rows to train on, and rows set aside."""
+
+    source: InMemory
+    aside: Rows
+    weights: np.ndarray | None
+    """Weights of the rows set aside; equal by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,60 +70,7 @@ class Dataset:
     validation: Any
     noise: RowNoise
     weights: np.ndarray | None = None
-    """Of the validation rows, `[rows]`; equal by default."""
-
-    @classmethod
-    def of(
-        cls,
-        density: Density,
-        x: Any,
-        context: PyTree,
-        validation: Any,
-        dequantize: bool | Noise,
-        key: PRNGKeyArray,
-        devices: Devices = Devices(),
-        members: int = 1,
-        weights: Any = None,
-    ) -> list["Dataset"]:
-        """Check the rows, set some aside, and warn of columns without a density.
-
-        Returns:
-            One for each member of an ensemble, with other rows aside.
-        """
-        noise_kind(dequantize)  # raises before any rows are read
-        has_noise, stream = bool(dequantize), None
-        if is_stream(x):
-            stream = _stream_of(density, x, context, validation, weights, has_noise, devices)
-            x, context = stream.head
-        if weights is not None:
-            x, context, weights = weighted_rows(x, context, weights)
-        rows = checked_rows("x", density, x, context, has_noise)
-        integers, largest = scanned(rows.x)
-        if isinstance(validation, PART_TYPES):
-            parts = set_aside(rows, validation, key, devices, members, weights)
-        else:
-            aside = _validation_rows(density, rows, validation, has_noise, key)
-            parts = [(_source_of(rows, devices, weights=weights), aside, None)] * members
-            largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
-        integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
-        largest = devices.gathered(largest[None]).max(axis=0)
-        noise = Dequantization.of(dequantize, integers, largest, floating_dtype(rows.x.dtype))
-        # Not drawn by their weights, which would repeat them.
-        some = dataclasses.replace(parts[0][0], weights=None).sample(MAX_ROWS_SEEN).x
-        # Those of centred rows have a sum of zero.
-        independent = has_full_support(density.flow.base)
-        others = np.flatnonzero(~integers.reshape(-1))
-        warn_of_columns(some.reshape(len(some), -1), others, independent)
-
-        def gathered(weights):
-            return None if weights is None else devices.gathered(weights)
-
-        def of_part(own: Source, aside: Rows, weights: np.ndarray | None) -> Dataset:
-            own = own if stream is None else FromIterable(stream, own)
-            source = Share(own, devices) if devices.several_processes else own
-            return cls(source, devices.gathered(aside), noise, gathered(weights))
-
-        return [of_part(*part) for part in parts]
+    """Weights of the validation rows, `[rows]`; equal by default."""
 
     def sample(self, key: PRNGKeyArray) -> Rows:
         """Rows to fit a map to, with noise."""
@@ -147,36 +118,87 @@ class Dataset:
         return take, validation_in_flow, mean - log_noise
 
 
-def _stream_of(
+def datasets_of_members(
     density: Density,
-    x: Any,
-    context: PyTree,
-    validation: Any,
-    weights: Any,
-    dequantize: bool,
-    devices: Devices,
-) -> Stream:
+    data: DataArguments,
+    key: PRNGKeyArray,
+    *,
+    devices: Devices = Devices(),
+    members: int = 1,
+) -> list[Dataset]:
+    """Check the rows, set some aside, and warn of columns without a density.
+
+    Returns:
+        One for each member of an ensemble, with other rows aside.
+    """
+    noise_kind(data.dequantize)  # raises before any rows are read
+    has_noise, stream = bool(data.dequantize), None
+    if is_stream(data.x):
+        stream = _stream_of(density, data, devices)
+        x, context = stream.head
+        data = data._replace(x=x, context=context)
+    if data.weights is not None:
+        data = data.without_unweighted_rows()
+    rows = checked_rows("x", density, data.x, data.context, has_noise)
+    integers, largest = scanned(rows.x)
+    if isinstance(data.validation, PART_TYPES):
+        splits = set_aside(rows, data.validation, key, devices, members, data.weights)
+    else:
+        aside = _validation_rows(density, rows, data.validation, has_noise, key)
+        source = _source_of(rows, devices, weights=data.weights)
+        splits = [Split(source, aside, None)] * members
+        largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
+    integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
+    largest = devices.gathered(largest[None]).max(axis=0)
+    noise = Dequantization.of(data.dequantize, integers, largest, floating_dtype(rows.x.dtype))
+    # Called from here, since the warnings point to the call of `fit`, five frames up.
+    warn_of_columns(*_columns_to_check(density, splits[0].source, integers))
+
+    def dataset(split: Split) -> Dataset:
+        source = split.source if stream is None else FromIterable(stream, split.source)
+        if devices.several_processes:
+            source = Share(source, devices)
+        aside, weights = devices.gathered(split.aside), split.weights
+        weights = None if weights is None else devices.gathered(weights)
+        return Dataset(source, aside, noise, weights)
+
+    return [dataset(split) for split in splits]
+
+
+def _columns_to_check(
+    density: Density, source: InMemory, integers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """The arguments of `warn_of_columns`: columns of integers get noise, and are left out."""
+    # Not drawn by their weights, which would repeat rows.
+    x = dataclasses.replace(source, weights=None).sample(MAX_ROWS_SEEN).x
+    without_noise = np.flatnonzero(~integers.reshape(-1))
+    # Columns of centred rows have a sum of zero.
+    independent = has_full_support(density.flow.base)
+    return x.reshape(len(x), -1), without_noise, independent
+
+
+def _stream_of(density: Density, data: DataArguments, devices: Devices) -> Stream:
     """The rows of an iterable, each checked when it is read."""
-    if weights is not None:
+    if data.weights is not None:
         raise ValueError(
             "fit(weights=...): must be left out where x is an iterable. Let it give rows in "
             "proportion to their weights."
         )
-    if context is not None:
+    if data.context is not None:
         raise ValueError(
             "fit(context=...): must be left out where x is an iterable, which gives pairs "
             "(x, context)."
         )
-    if isinstance(validation, PART_TYPES):
+    if isinstance(data.validation, PART_TYPES):
         raise ValueError(
             "fit(validation=...): must be rows of their own where x is an iterable, which may give "
-            f"the same rows again; got {validation}."
+            f"the same rows again; got {data.validation}."
         )
 
     def check(x, context):
-        return checked_rows("x", density, x, context, dequantize, least=1)
+        return checked_rows("x", density, x, context, bool(data.dequantize), least=1)
 
-    return Stream(x, check, devices.any)
+    return Stream(data.x, check, devices.any)
 
 
 def _joined(a: Any, b: Any) -> np.ndarray:
@@ -197,8 +219,8 @@ def weighted_rows(x: Any, context: PyTree, weights: Any) -> tuple[Any, PyTree, n
     weights = np.asarray(check_weights(weights, jnp.zeros(len(x))))
     if weights.all():
         return x, context, weights
-    kept = np.flatnonzero(weights)
-    return x[kept], jax.tree.map(lambda leaf: leaf[kept], context), weights[kept]
+    used = np.flatnonzero(weights)
+    return x[used], jax.tree.map(lambda leaf: leaf[used], context), weights[used]
 
 
 def set_aside(
@@ -208,35 +230,34 @@ def set_aside(
     devices: Devices = Devices(),
     members: int = 1,
     weights: np.ndarray | None = None,
-) -> list[tuple[InMemory, Rows, np.ndarray | None]]:
-    """For each member, the rows to train on, and a part for validation with its weights.
+) -> list[Split]:
+    """Set rows aside for each member: a part of them, at most `MAX_VALIDATION_ROWS`.
 
-    A part has at most `MAX_VALIDATION_ROWS`. Those of a small table have no row in common, if they
-    can.
+    Where a small table has enough rows, members have none of them in common.
     """
     total, draw = len(rows.x), _generator(key)
 
-    def of(chosen):
+    def weights_of(chosen):
         return None if weights is None else weights[chosen]
+
+    def split(source: InMemory, aside: np.ndarray) -> Split:
+        return Split(source, _chosen(rows, aside), weights_of(aside))
 
     if total > MAX_ROWS_COPIED:  # a permutation would take as long as reading all
         count = _count_aside(part, total)
-        each = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]
-        return [
-            (_source_of(rows, devices, aside, weights), _chosen(rows, aside), of(aside))
-            for aside in each
-        ]
+        choices = [np.sort(draw.choice(total, count, replace=False)) for _ in range(members)]
+        return [split(_source_of(rows, devices, aside, weights), aside) for aside in choices]
     return [
-        (_source_of(_chosen(rows, own), devices, weights=of(own)), _chosen(rows, aside), of(aside))
-        for own, aside in split_rows(part, draw.permutation(total), members)
+        split(_source_of(_chosen(rows, train), devices, weights=weights_of(train)), aside)
+        for train, aside in split_rows(part, draw.permutation(total), members)
     ]
 
 
 def split_rows(part: Any, shuffled: np.ndarray, members: int) -> list[tuple[np.ndarray, ...]]:
-    """For each member, the numbers of rows to train on, and of a part of them that is set aside."""
+    """For each member, the numbers of the rows to train on, and of the rows set aside."""
     count = _count_aside(part, len(shuffled))
     turned = (np.roll(shuffled, -turn * count) for turn in range(members))
-    return [(each[count:], each[:count]) for each in turned]
+    return [(numbers[count:], numbers[:count]) for numbers in turned]
 
 
 def _count_aside(part: Any, total: int) -> int:
@@ -250,7 +271,7 @@ def _source_of(
     aside: np.ndarray = np.arange(0),
     weights: np.ndarray | None = None,
 ) -> InMemory:
-    """The rows of this process, without those that are set aside of a large table."""
+    """The rows of this process. Leave out rows of a large table that are set `aside`."""
     exact = devices.several_processes
     if len(rows.x) <= MAX_ROWS_COPIED:
         return InMemory(rows, exact, weights)
@@ -264,25 +285,25 @@ def _source_of(
 def _validation_rows(
     density: Density, rows: Rows, validation: Any, dequantize: bool, key: PRNGKeyArray
 ) -> Rows:
-    """At most `MAX_VALIDATION_ROWS` of the validation rows that were given, checked."""
+    """Check the validation rows of the user, and take at most `MAX_VALIDATION_ROWS` of them."""
     pair = validation if isinstance(validation, tuple) else (validation, None)
     if len(pair) != 2:
         raise ValueError(
             "fit(validation=...): must be a part, rows of x, or a pair (x, context); got "
             f"{len(pair)} parts."
         )
-    others = checked_rows("validation", density, *pair, dequantize, least=1)
-    shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, others))
+    aside = checked_rows("validation", density, *pair, dequantize, least=1)
+    shape, got = (jax.tree.map(lambda leaf: leaf.shape[1:], r.context) for r in (rows, aside))
     if shape != got:
         raise ValueError(
             "fit(validation=...): must be a pair (x, context), with a context as in training, "
             f"of shape {shape}; got {got}. Leave it out where training has none."
         )
-    return _chosen(others, _generator(key).permutation(len(others.x))[:MAX_VALIDATION_ROWS])
+    return _chosen(aside, _generator(key).permutation(len(aside.x))[:MAX_VALIDATION_ROWS])
 
 
 def _generator(key: PRNGKeyArray) -> np.random.Generator:
-    """Of NumPy, whose programs need not be compiled."""
+    """A generator of NumPy, whose programs need not be compiled."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
@@ -314,7 +335,7 @@ def checked_rows(
 
 
 def _check_finite_contexts(density: Density, context: PyTree, count: int) -> None:
-    """Raise unless contexts are finite as the field sees them: a network may know gaps."""
+    """Raise unless contexts are finite as the field sees them: an embedding may accept NaN."""
     if density.embed is None:
         return check_finite({"context": context})
 
@@ -327,10 +348,10 @@ def _check_finite_contexts(density: Density, context: PyTree, count: int) -> Non
 
 def _check_inside(support: Any, x: Any, dequantize: bool) -> None:
     x = np.asarray(floating(x))
-    integers, ends = (is_integer(x) & dequantize)[None], [x]
+    integers, extremes = (is_integer(x) & dequantize)[None], [x]
     if integers.any():
-        # Bounds within a 64th of the ends of the noise are found when it comes there.
+        # A bound within a 64th of the ends of the noise is noticed only when noise falls beyond it.
         margin = margin_of(x).clip(min=1 / 64)
-        ends = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
-    for noisy in ends:
+        extremes = [np.where(integers, x + noise, x) for noise in (margin, 1 - margin)]
+    for noisy in extremes:
         INSIDE.check(contained(support, jnp.asarray(noisy)), noisy)

@@ -36,7 +36,7 @@ from jaxode.flows.bases import fixed_columns
 from jaxode.flows.cnf import CNF
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.nn import Ensemble
-from jaxode.training.dataset import Dataset
+from jaxode.training.dataset import DataArguments, Dataset, datasets_of_members
 from jaxode.training.devices import Devices
 from jaxode.training.display import finish
 from jaxode.training.iterators import NoRowsLeftError, is_stream
@@ -180,8 +180,9 @@ def fit(
         f"{seconds} seconds, {likelihood} of likelihood, batches of {batch_size}"
     )
     members = len(members_of(density.params))
-    aside = x, context, validation, dequantize, aside_key, devices, members, weights
-    return train(density, Dataset.of(density, *aside), plan, Keys(*keys), clock)
+    arguments = DataArguments(x, context, weights, validation, dequantize)
+    datasets = datasets_of_members(density, arguments, aside_key, devices=devices, members=members)
+    return train(density, datasets, plan, Keys(*keys), clock)
 
 
 class Keys(NamedTuple):

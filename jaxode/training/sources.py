@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
 
 class Source(abc.ABC):
-    """Rows to train on, wherever they come from. `Dataset.of` chooses one."""
+    """Rows to train on, wherever they come from. `dataset.py` chooses one."""
 
     @property
     def in_order(self) -> bool:

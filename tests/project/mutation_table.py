@@ -392,8 +392,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("density/maps/box.py", "of_half = jnp.where(below, -u, u)",
      "of_half = jnp.where(below, u, -u)"),
     # `fit` trains on the rows that it sets aside.
-    ("training/dataset.py", "_source_of(_chosen(rows, own), devices",
-     "_source_of(_chosen(rows, shuffled), devices"),
+    ("training/dataset.py", "_source_of(_chosen(rows, train), devices",
+     "_source_of(_chosen(rows, np.arange(total)), devices"),
     # All members of an ensemble take the same batches.
     ("training/trials.py", "phase._replace(key=key)", "phase"),
     # All steps of a block see the same rows.

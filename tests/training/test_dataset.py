@@ -26,7 +26,12 @@ import jaxode
 from jaxode.density.noise import log_density
 from jaxode.training import loop
 from jaxode.training.column_warnings import warn_of_columns
-from jaxode.training.dataset import Dataset, checked_rows, set_aside
+from jaxode.training.dataset import (
+    DataArguments,
+    checked_rows,
+    datasets_of_members,
+    set_aside,
+)
 from jaxode.training.devices import Devices
 from jaxode.training.sources import Rows
 
@@ -35,7 +40,8 @@ KEY = jax.random.key(0)
 
 
 def dataset_of(density, x, *, context=None, validation=0.1, dequantize=True):
-    (dataset,) = Dataset.of(density, x, context, validation, dequantize, KEY)
+    arguments = DataArguments(x, context, validation=validation, dequantize=dequantize)
+    (dataset,) = datasets_of_members(density, arguments, KEY)
     return dataset
 
 

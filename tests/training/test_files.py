@@ -10,7 +10,7 @@ import scipy.stats
 from fitting import cheap, fit, number
 
 import jaxode
-from jaxode.training.dataset import Dataset
+from jaxode.training.dataset import DataArguments, datasets_of_members
 from jaxode.training.files import MAX_ROWS_COPIED, Without
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -27,7 +27,8 @@ def bound(size=2, context_size=0, **options):
 
 
 def posed(x=TABLE, context=None, dequantize=False, density=None):
-    (dataset,) = Dataset.of(density or bound(), x, context, 0.1, dequantize, KEY)
+    arguments = DataArguments(x, context, dequantize=dequantize)
+    (dataset,) = datasets_of_members(density or bound(), arguments, KEY)
     return dataset
 
 
@@ -78,7 +79,8 @@ def test_it_trains_from_a_file(tmp_path):
 
 
 def test_validation_rows_may_be_a_large_table_too():
-    (dataset,) = Dataset.of(bound(), TABLE, None, TABLE.astype(np.float64), False, KEY)
+    arguments = DataArguments(TABLE, validation=TABLE.astype(np.float64))
+    (dataset,) = datasets_of_members(bound(), arguments, KEY)
     assert dataset.source.count == COUNT
     assert len(dataset.validation.x) == 1000
     assert dataset.validation.x.dtype == np.float32

@@ -12,7 +12,7 @@ import scipy.stats
 from fitting import cheap, cheap_of_contexts, number
 
 from jaxode.training import loop
-from jaxode.training.dataset import Dataset
+from jaxode.training.dataset import DataArguments, Dataset, datasets_of_members
 from jaxode.training.dequantization import Dequantization
 from jaxode.training.iterators import HEAD_ROWS, NoRowsLeftError, Stream, is_stream
 from jaxode.training.loop import STEPS_PER_BLOCK
@@ -100,7 +100,8 @@ def test_it_trains_on_a_loader():
 def test_contexts_come_with_their_rows():
     density = cheap_of_contexts(standardize=None, context_shape=(1,))
     validation = ROWS[:100], ROWS[:100, :1]
-    (dataset,) = Dataset.of(density, Loader(ROWS, ROWS[:, :1]), None, validation, False, KEY)
+    arguments = DataArguments(Loader(ROWS, ROWS[:, :1]), validation=validation)
+    (dataset,) = datasets_of_members(density, arguments, KEY)
     take, aside, _ = dataset.in_flow(density, dataset.validation, KEY, 3200)
     for rows in (take(KEY), take(KEY), aside):
         np.testing.assert_array_equal(rows.context, rows.x[:, :1])

@@ -6,7 +6,7 @@ import pytest
 from fitting import BENT, OTHERS, cheap, equal, fit, number
 from scipy import stats
 
-from jaxode.training.dataset import Dataset, set_aside
+from jaxode.training.dataset import DataArguments, datasets_of_members, set_aside
 from jaxode.training.files import Without
 from jaxode.training.sources import InFile, InMemory, Rows, drawn_by
 
@@ -62,8 +62,8 @@ def test_validations_are_weighted_means():
     start = cheap(params=number(0.0))
     weights = np.where(BENT[:, 0] > 0, 1.0, 1e-6)
     _, history = fit(start, BENT, weights=weights, steps=1)
-    args = (start, BENT, None, 0.1, False, jax.random.split(jax.random.key(1), 6)[0])
-    (dataset,) = Dataset.of(*args, weights=weights)
+    key = jax.random.split(jax.random.key(1), 6)[0]
+    (dataset,) = datasets_of_members(start, DataArguments(BENT, weights=weights), key)
     z, log_det = start.to_flow(dataset.validation.x), start.log_det(dataset.validation.x)
     log_probs = np.asarray(stats.norm.logpdf(z).sum(axis=1) + log_det)
     expected = -np.average(log_probs, weights=dataset.weights)
