@@ -103,12 +103,12 @@ class _OptimalTransport:
         batch = x.shape[0]
         groups = -(-batch // self.group)
         starts = np.arange(groups + 1) * batch // groups
-        own = starts[:-1, None] + np.arange(-(-batch // groups))
-        real = own < starts[1:, None]
+        members = starts[:-1, None] + np.arange(-(-batch // groups))
+        real = members < starts[1:, None]
 
         # A group that is one row short borrows the first row of the next group, at zero cost.
         def grouped(leaf):
-            return jnp.reshape(leaf, (batch, -1))[np.minimum(own, batch - 1)]
+            return jnp.reshape(leaf, (batch, -1))[np.minimum(members, batch - 1)]
 
         cost = _squared_distances(grouped(x), grouped(z), real)
         # Infinity times zero would be NaN.
@@ -122,8 +122,8 @@ class _OptimalTransport:
                 distance = jnp.sum(leaf[:, :, None] != leaf[:, None], axis=-1).astype(jnp.float32)
             cost = cost + (weight * distance).astype(cost.dtype)
         # A borrowed row is paired with itself.
-        both, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
-        cost = jnp.where(both, cost, np.where(alike, 0.0, np.inf).astype(cost.dtype))
+        are_real, alike = real[:, :, None] & real[:, None], real[:, :, None] == real[:, None]
+        cost = jnp.where(are_real, cost, np.where(alike, 0.0, np.inf).astype(cost.dtype))
         rows = _assignments(cost) + jnp.asarray(starts[:-1, None], jnp.int32)
         return rows[real]
 
@@ -147,7 +147,7 @@ class _OptimalTransport:
 def _squared_distances(
     a: Float[Array, "groups n d"], b: Float[Array, "groups n d"], real: Bool[np.ndarray, "groups n"]
 ):
-    """Up to a constant per row of `a` and of `b`, which does not affect the assignment."""
+    """Squared distances up to a constant per row of `a` and of `b`, which no assignment sees."""
     dtype, where = state_dtype((a, b)), real[:, :, None]
 
     def center(x):
@@ -161,7 +161,7 @@ def _squared_distances(
 def _distances_within(a: Float[Array, "groups n d"], real: Bool[np.ndarray, "groups n"]):
     """Squared distances, zero where they are lost in rounding.
 
-    Equal conditions are then apart by nothing, and not by rounding times a large weight.
+    Otherwise a large weight would multiply the rounding between equal conditions.
     """
     products = -0.5 * _squared_distances(a, a, real)
     squares = jnp.diagonal(products, axis1=1, axis2=2)
@@ -214,9 +214,11 @@ def assignment(cost: Float[Array, "n n"]) -> Int[Array, " n"]:
         _, row_of, column_of = lax.while_loop(lambda c: c[0] >= 0, move, (j, row_of, column_of))
         return jnp.where(is_open, price, price + distance - least), row_of, column_of
 
-    free = jnp.full(n, -1, jnp.int32)
+    no_match = jnp.full(n, -1, jnp.int32)
     price = jnp.min(cost, axis=0, initial=jnp.inf)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(n), add_row, vary((price, free, free), axes))[2]
+    return lax.fori_loop(
+        jnp.int32(0), jnp.int32(n), add_row, vary((price, no_match, no_match), axes)
+    )[2]
 
 
 # Compiled separately, so that calls outside `jit` do not compile the loops again.

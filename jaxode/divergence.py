@@ -314,26 +314,26 @@ class ClosedForm(Divergence):
 
     def apply(self, g, z, probe):
         del probe
-        out = _of_field(g, z)
-        if out is NotImplemented:
+        value_and_divergence = _of_field(g, z)
+        if value_and_divergence is NotImplemented:
             raise ValueError(
                 "closed_form: the vector field offers no value_and_divergence(t, z, args) for "
                 "these arguments. Use divergence=jaxode.divergence.exact() or hutchinson()."
             )
-        return out
+        return value_and_divergence
 
 
 def _of_field(g: StateField, z: Float[Array, " *event"]) -> Any:
     """The checked closed form that the field of `g` offers, or `NotImplemented`."""
-    out = g.value_and_divergence(z) if isinstance(g, FieldAt) else NotImplemented
-    if out is NotImplemented:
-        return out
-    if len(out) != 2 or jnp.shape(out[1]) != ():
+    offered = g.value_and_divergence(z) if isinstance(g, FieldAt) else NotImplemented
+    if offered is NotImplemented:
+        return offered
+    if len(offered) != 2 or jnp.shape(offered[1]) != ():
         raise ValueError(
             "value_and_divergence(t, z, args): must return the derivative and a scalar divergence "
-            f"of one sample; got shapes {jax.tree.map(jnp.shape, out)}."
+            f"of one sample; got shapes {jax.tree.map(jnp.shape, offered)}."
         )
-    dz, div = out
+    dz, div = offered
     return dz, div if eqx.is_inexact_array(div) else jnp.asarray(div, jnp.result_type(dz))
 
 
@@ -367,8 +367,8 @@ class Auto(Divergence):
         return self._by_size(z).init(key, z)
 
     def apply(self, g, z, probe):
-        out = _of_field(g, z)
-        return self._by_size(z).apply(g, z, probe) if out is NotImplemented else out
+        closed_form = _of_field(g, z)
+        return self._by_size(z).apply(g, z, probe) if closed_form is NotImplemented else closed_form
 
     def with_norm(self, g, z, probe):
         return self._by_size(z).with_norm(g, z, probe)

@@ -112,9 +112,9 @@ def logit(
 
     _check_values("u", u, in_range, "must be in [0, 1]", "Use dequantize for levels.")
     u = floating(u)
-    v, rest = (margin + (1 - 2 * margin) * part for part in (u, 1 - u))  # their sum is one
-    y = jnp.log(v) - jnp.log(rest)
-    slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log(rest)
+    v, one_less_v = (margin + (1 - 2 * margin) * part for part in (u, 1 - u))  # their sum is one
+    y = jnp.log(v) - jnp.log(one_less_v)
+    slope = math.log(1 - 2 * margin) - jnp.log(v) - jnp.log(one_less_v)
     return y, jnp.sum(slope, axis=tuple(range(1, u.ndim)))
 
 

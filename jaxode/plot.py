@@ -319,10 +319,10 @@ def _axes(ax: Axes | None) -> Axes:
 def _styled(defaults: dict[str, Any], style: dict[str, Any]) -> dict[str, Any]:
     """The user's style, and the defaults that it does not replace, also as `lw` for `linewidth`."""
 
-    def given(name):
+    def is_styled(name):
         return not style.keys().isdisjoint((name, *ALIASES.get(name, ())))
 
-    return {name: value for name, value in defaults.items() if not given(name)} | style
+    return {name: value for name, value in defaults.items() if not is_styled(name)} | style
 
 
 def _named(ax: Axes) -> Axes:

@@ -67,12 +67,12 @@ def _norm(dz: Array, norm: Array | None) -> Array:
 
 def check_regularizers(regularizers: Iterable[Regularizer]) -> tuple[Regularizer, ...]:
     """The regularizers as a tuple. Their names must differ."""
-    given = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
-    if not all(isinstance(regularizer, Regularizer) for regularizer in given):
+    as_tuple = tuple(regularizers) if isinstance(regularizers, Iterable) else (regularizers,)
+    if not all(isinstance(regularizer, Regularizer) for regularizer in as_tuple):
         raise TypeError(
             f"{arg('regularizers')} must be a tuple of jaxode.regularizers; got {regularizers!r}."
         )
-    names = [regularizer.name for regularizer in given]
+    names = [regularizer.name for regularizer in as_tuple]
     if len(set(names)) < len(names):
         raise ValueError(f"{arg('regularizers')} their names must differ; got {names}.")
-    return given
+    return as_tuple

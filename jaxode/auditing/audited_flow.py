@@ -53,18 +53,21 @@ class AuditedFlow:
 
     @cached_property
     def tight(self) -> "AuditedFlow":
-        """By a tight solve: in double precision where it is enabled and draws no other probes."""
+        """The same flow with a tight solve.
+
+        It is in double precision, if that is enabled and would not draw other probes.
+        """
         double = jax.config.read("jax_enable_x64") and not self.noisy
         dtype = jnp.dtype(jnp.float64) if double else self.x.dtype
         tolerance = 1e-10 if dtype == jnp.float64 else 10 * float(jnp.finfo(dtype).eps)
-        own = self.flow.solve_options
+        audited = self.flow.solve_options
         options = SolveOptions(
-            own.solver if own.implicit else diffrax.Dopri8(), tolerance, tolerance,
-            max_step=own.max_step, breakpoints=own.breakpoints,
-            max_steps=max(10_000, own.max_steps), precision="highest",
+            audited.solver if audited.implicit else diffrax.Dopri8(), tolerance, tolerance,
+            max_step=audited.max_step, breakpoints=audited.breakpoints,
+            max_steps=max(10_000, audited.max_steps), precision="highest",
         )  # fmt: skip
-        given = self.flow.f, self.flow.base, self.params, self.x, self.context
-        f, base, params, x, context = _cast(given, dtype)
+        floating = self.flow.f, self.flow.base, self.params, self.x, self.context
+        f, base, params, x, context = _cast(floating, dtype)
         flow = dataclasses.replace(self.flow, f=f, base=base, batch="joint", solve_options=options)
         return AuditedFlow(flow, params, x, self.key, context)
 
@@ -78,11 +81,11 @@ class AuditedFlow:
 
     @cached_property
     def failed(self) -> str:
-        """The message of the first failed solve: both ways, and of `log_prob`."""
-        flow, given = dataclasses.replace(self.flow, throw=True), {"context": self.context}
+        """The message of the first solve that fails: to the base, back, or for `log_prob`."""
+        flow, of_rows = dataclasses.replace(self.flow, throw=True), {"context": self.context}
         try:
-            flow.from_base(self.params, flow.to_base(self.params, self.x, **given), **given)
-            flow.log_prob(self.params, self.x, key=self.key, **given)
+            flow.from_base(self.params, flow.to_base(self.params, self.x, **of_rows), **of_rows)
+            flow.log_prob(self.params, self.x, key=self.key, **of_rows)
         except SolveError as error:
             return str(error)
         return ""
@@ -101,11 +104,11 @@ class AuditedFlow:
 
     def _loss(self, rows: Array):
         """The gradient of `nll` at some of the samples, and the work of the solve."""
-        diff, rest = eqx.partition(self.params, eqx.is_inexact_array)
+        diff, constants = eqx.partition(self.params, eqx.is_inexact_array)
         x, context = jax.tree.map(lambda leaf: jnp.asarray(leaf)[rows], (self.x, self.context))
 
         def loss(diff):
-            params = eqx.combine(diff, rest)
+            params = eqx.combine(diff, constants)
             value, stats = self.flow.nll_and_stats(params, x, key=self.key, context=context)
             return value, stats.stats
 

@@ -13,15 +13,17 @@ from jaxode.auditing.audited_flow import AuditedFlow, Row, within
 from jaxode.divergence import EXACT_UP_TO
 from jaxode.flows.bases import has_full_support, in_one_period
 
-# Standard deviations. In one dimension, a normal base has no such samples.
-DISTANCE = 10.0
+# Median distance from the mean of the base, in standard deviations. In one dimension, a normal base
+# has no such samples.
+MAX_DISTANCE = 10.0
 IMBALANCE = 6.0
-PROBABILITY = 1e-2
-# In quartile ranges: some suit narrow modes and correlated coordinates.
+MAX_PROBABILITY = 1e-2
+# In interquartile ranges. The smallest suit narrow modes and correlated coordinates.
 STEP_SIZES = 2.0 / 4.0 ** np.arange(4)
-FAR = 100.0  # apart at most, of log-densities: one sample on a bound weighs little
-CENTERS = 256  # of kernels
-TAIL = 0.1  # the part of the samples where the density is too low to divide by
+# Differences of log-densities are clipped to it, so that one sample on a bound weighs little.
+MAX_LOG_DENSITY_CHANGE = 100.0  # nats
+KERNEL_CENTERS = 256
+TAIL_PART = 0.1  # the part of the samples where the density is too low to divide by
 Density = Callable[[np.ndarray], np.ndarray]
 
 
@@ -35,7 +37,7 @@ def distance(s: AuditedFlow) -> Row:
         square = ((z - drawn.mean(axis=0)) / drawn.std(axis=0)) ** 2
         value = np.median(np.sqrt(square.mean(axis=tuple(range(1, z.ndim))))) if len(z) else np.nan
     return within(
-        "distance from the base", value, DISTANCE, "standard deviations",
+        "distance from the base", value, MAX_DISTANCE, "standard deviations",
         "The flow does not carry these samples to its base: train it on standardized data, such "
         "as jaxode.bind(flow, params, standardize=data).to_flow(data), or for longer.",
     )  # fmt: skip
@@ -65,7 +67,7 @@ def probability(s: AuditedFlow) -> Row | None:
     value, error = integral(_rng(s), s.base_samples, _density(s))
     if not error < 0.05 * value:
         return Row(name, np.nan, "not resolved")
-    limit = PROBABILITY + 4 * error
+    limit = MAX_PROBABILITY + 4 * error
     advice = "Normalize the base density. A change of variables in it needs its determinant."
     text = f"1 within {limit:.2g}"
     return Row(name, value, text, advice if abs(value - 1) > limit else "")
@@ -88,14 +90,14 @@ def imbalance(rng: Any, samples: Float[np.ndarray, "count *event"], log_density:
     spread = np.where(high > low, high - low, 1.0)
     step = rng.choice(STEP_SIZES, size=(len(x), 1)) / math.sqrt(x.shape[1])
     u = (x - median) / spread
-    moved = u + step * rng.standard_normal(u.shape)
+    proposal = u + step * rng.standard_normal(u.shape)
     before, after = (
         np.nan_to_num(log_density(at.reshape(samples.shape)), neginf=-1e30, posinf=1e30)
-        for at in (x, median + spread * moved)
+        for at in (x, median + spread * proposal)
     )
     accept = np.exp(np.minimum(after - before, 0.0))[:, None]
-    change = np.clip(after - before, -FAR, FAR)[:, None]
-    moves = accept * np.hstack([change, moved - u, np.abs(moved) - np.abs(u)])
+    change = np.clip(after - before, -MAX_LOG_DENSITY_CHANGE, MAX_LOG_DENSITY_CHANGE)[:, None]
+    moves = accept * np.hstack([change, proposal - u, np.abs(proposal) - np.abs(u)])
     error = np.std(moves, axis=0) / math.sqrt(len(x))
     return float(np.max(np.abs(np.mean(moves, axis=0)) / np.where(error > 0, error, 1.0)))
 
@@ -115,13 +117,15 @@ def integral(
     """
     x = np.asarray(samples, float).reshape(len(samples), -1)
     size, spread = x.shape[1], np.std(np.clip(x, *np.quantile(x, (0.01, 0.99), axis=0)), axis=0)
-    width = spread * (4 / (CENTERS * (size + 2))) ** (1 / (size + 4))  # Silverman (1986)
-    centers, x = x[:CENTERS], x[CENTERS:]
-    proposals = centers[rng.integers(CENTERS, size=len(x))] + width * rng.standard_normal(x.shape)
+    width = spread * (4 / (KERNEL_CENTERS * (size + 2))) ** (1 / (size + 4))  # Silverman (1986)
+    centers, x = x[:KERNEL_CENTERS], x[KERNEL_CENTERS:]
+    proposals = centers[rng.integers(KERNEL_CENTERS, size=len(x))] + width * rng.standard_normal(
+        x.shape
+    )
     of_x, of_proposals = (log_density(at.reshape(-1, *samples.shape[1:])) for at in (x, proposals))
-    level = np.quantile(of_x, TAIL)
+    level = np.quantile(of_x, TAIL_PART)
     square = sum((x[:, i, None] - centers[:, i]) ** 2 / width[i] ** 2 for i in range(size))
-    log_scale = math.log(CENTERS) + size / 2 * math.log(2 * math.pi) + np.sum(np.log(width))
+    log_scale = math.log(KERNEL_CENTERS) + size / 2 * math.log(2 * math.pi) + np.sum(np.log(width))
     with np.errstate(all="ignore"):
         log_q = np.log(np.sum(np.exp(-square / 2), axis=1)) - log_scale
         weights = np.where(of_x >= level, np.exp(log_q - of_x), 0.0)
@@ -141,10 +145,10 @@ def _density(s: AuditedFlow) -> Density:
     """
     base: Any = s.flow.base
 
-    def of(x: np.ndarray) -> np.ndarray:
+    def log_density(x: np.ndarray) -> np.ndarray:
         z = jnp.asarray(x, s.x.dtype)
         log_prob = np.asarray(base.log_prob(z), float)
         outside = np.asarray(in_one_period(base, z) != z) & np.isfinite(x)
         return np.where(outside.reshape(len(z), -1).any(axis=1), -np.inf, log_prob)
 
-    return lambda x: np.nan_to_num(of(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    return lambda x: np.nan_to_num(log_density(x), nan=-np.inf, posinf=np.inf, neginf=-np.inf)

@@ -17,9 +17,12 @@ from jaxode.auditing.audited_flow import AuditedFlow, Row, within
 from jaxode.auditing.divergence_audit import divergence
 from jaxode.ode.adjoints import DiscreteAdjoint
 
-# Errors of log-densities are in nats: 0.01 is one percent of a density. A healthy controller
-# rejects about one step in five, and several in a row at every kink of a field.
-ROUND_TRIP, LOG_DENSITY, GRADIENT, STEPS_USED, REJECTED = 1e-3, 1e-2, 1e-2, 0.5, 0.4
+MAX_ROUND_TRIP_ERROR = 1e-3  # relative to 1 + |x|
+MAX_LOG_DENSITY_ERROR = 1e-2  # nats: one percent of a density
+MAX_GRADIENT_ERROR = 1e-2  # relative
+MAX_STEPS_USED = 0.5  # of `max_steps`
+# A healthy controller rejects about one step in five, and several in a row at each kink of a field.
+MAX_REJECTED_PART = 0.4
 SMOOTHER = "Look for a kink, a jump or a singularity of the vector field, or low precision in it"
 
 
@@ -40,19 +43,19 @@ def _outside(s: AuditedFlow) -> Row | None:
 
 
 def _round_trip(s: AuditedFlow) -> Row:
-    """Data to base and back."""
+    """Carry the data to the base and back."""
     back = s.flow.from_base(s.params, s.z, context=s.context)
     value = jnp.max(jnp.abs(back - s.x) / (1 + jnp.abs(s.x)), initial=0.0)
     advice = f"{_finer(s)}; if that does not help, the flow contracts too much to be inverted."
-    return within("round-trip error", value, ROUND_TRIP, "of 1 + |x|", advice)
+    return within("round-trip error", value, MAX_ROUND_TRIP_ERROR, "of 1 + |x|", advice)
 
 
 def _log_density(s: AuditedFlow) -> Row:
-    """`log_prob` with the same probes."""
+    """Compare `log_prob` with that of the tight solve, by the same probes."""
     error = jnp.abs(s.log_prob.astype(s.tight.log_prob.dtype) - s.tight.log_prob)
     error = jnp.max(jnp.where(s.outside, 0, error))
     advice = f"{_finer(s)} of log_prob; if that does not help, the field is not smooth."
-    return within("log-density error", error, LOG_DENSITY, "nats", advice)
+    return within("log-density error", error, MAX_LOG_DENSITY_ERROR, "nats", advice)
 
 
 def _finer(s: AuditedFlow) -> str:
@@ -61,19 +64,25 @@ def _finer(s: AuditedFlow) -> str:
 
 
 def _gradient(s: AuditedFlow) -> Row:
-    """The gradient of `nll`, all parameters as one vector.
+    """Compare the gradient of `nll`, with all parameters as one vector.
 
     Near a zero gradient, its errors count like errors of the loss: in nats, for a change of all
     parameters by their own size.
     """
-    own, tight = (gradient for gradient, _ in s.losses)
-    error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, own, tight))
+    gradient_of_flow, tight = (gradient for gradient, _ in s.losses)
+    error = _norm(jax.tree.map(lambda a, b: a.astype(b.dtype) - b, gradient_of_flow, tight))
     size, least = _norm(tight), 1 / (1 + _norm(s.params))
     adjoint, advice = s.flow.solve_options.adjoint, f"{_finer(s)} for training"
     if not isinstance(adjoint, DiscreteAdjoint):
         advice += f", or use adjoint=jaxode.DiscreteAdjoint() instead of {adjoint!r}"
-    of = "1 nat / (1 + norm of the parameters)" if size < least else "its norm"
-    row = within("gradient error", error / np.fmax(size, least), GRADIENT, f"of {of}", f"{advice}.")
+    unit = "1 nat / (1 + norm of the parameters)" if size < least else "its norm"
+    row = within(
+        "gradient error",
+        error / np.fmax(size, least),
+        MAX_GRADIENT_ERROR,
+        f"of {unit}",
+        f"{advice}.",
+    )
     if not np.isnan(row.value) or s.failed or s.tight.failed or s.outside.all():
         return row
     cure = "look for an operation of the field with an infinite derivative, such as sqrt at 0."
@@ -92,7 +101,7 @@ def _steps(s: AuditedFlow) -> Row | None:
         return None
     value = float(jnp.max(stats.num_steps)) / options.max_steps
     advice = f"Raise max_steps from {options.max_steps}: another batch may need more."
-    return within("part of max_steps used", value, STEPS_USED, "", advice)
+    return within("part of max_steps used", value, MAX_STEPS_USED, "", advice)
 
 
 def _rejected(s: AuditedFlow) -> Row | None:
@@ -104,7 +113,7 @@ def _rejected(s: AuditedFlow) -> Row | None:
     # A failed solve has its own row, and may reject all later steps.
     value = np.nan if s.failed else rejected / max(steps, 1.0)
     advice = f"{SMOOTHER}: no step size suits the field."
-    return within("part of steps rejected", value, REJECTED, "", advice)
+    return within("part of steps rejected", value, MAX_REJECTED_PART, "", advice)
 
 
 CHECKS: tuple[Callable[[AuditedFlow], Row | None], ...] = (

@@ -11,8 +11,8 @@ from jaxode.auditing.audited_flow import AuditedFlow, Row, within
 from jaxode.divergence import Exact
 from jaxode.flows.integrands import Integrands
 
-DIVERGENCE = 2e-3
-ESTIMATES = 64  # per point, of a stochastic divergence
+MAX_DIVERGENCE_ERROR = 2e-3  # relative
+ESTIMATES = 64  # at each point, if the divergence is stochastic
 
 
 def divergence(s: AuditedFlow) -> Row:
@@ -27,8 +27,8 @@ def divergence(s: AuditedFlow) -> Row:
     context = jax.tree.map(lambda leaf: leaf[:4], s.tight.context)
     keys = jax.random.split(s.key, (*points.shape[:2], ESTIMATES if s.noisy else 1))
     integrands = Integrands(s.tight.flow.f, flow.divergence)
-    parts = _traces(integrands, s.tight.params, times, points, context, keys)
-    field, own_field, trace, norm, estimates = (np.asarray(part, float) for part in parts)
+    traces = _traces(integrands, s.tight.params, times, points, context, keys)
+    field, dz_by_divergence, trace, norm, estimates = (np.asarray(part, float) for part in traces)
     error = estimates - trace[..., None]
     size = _rms(error)
     if s.noisy:  # its mean, beyond five standard errors
@@ -39,15 +39,15 @@ def divergence(s: AuditedFlow) -> Row:
         return error / size if size else (math.inf if error else 0.0)
 
     of_trace = relative(size, _rms(trace) + 0.1 * _rms(norm))
-    of_field = relative(_rms(own_field - field), _rms(field))
-    what = "is not the trace of the Jacobian of the vector field"
+    of_field = relative(_rms(dz_by_divergence - field), _rms(field))
+    fault = "is not the trace of the Jacobian of the vector field"
     if of_field > of_trace:
-        what = "returns a different derivative from the vector field"
+        fault = "returns a different derivative from the vector field"
     # A field may compute in lower precision than the solve.
-    limit = max(DIVERGENCE, 32 * float(jnp.finfo(parts[0].dtype).eps))
+    limit = max(MAX_DIVERGENCE_ERROR, 32 * float(jnp.finfo(traces[0].dtype).eps))
     return within(
         "divergence error", np.maximum(of_trace, of_field), limit, "of the exact trace",
-        f"The divergence ({s.divergence.name}) {what}: fix it, or use "
+        f"The divergence ({s.divergence.name}) {fault}: fix it, or use "
         "divergence=jaxode.divergence.exact().",
     )  # fmt: skip
 
@@ -58,7 +58,8 @@ def _rms(x: np.ndarray) -> float:
 
 @compiled
 def _traces(integrands, params, times, points, context, keys):
-    """`dz` by the field and by the divergence, the trace, the Jacobian's norm, and estimates."""
+    """Returns `dz` by the field, `dz` by the divergence, the trace, the Jacobian's norm, and
+    estimates of the divergence."""
     chosen = integrands.chosen_divergence(points[0], params, context)
     exact = Exact(chunk=16)
 
@@ -66,11 +67,11 @@ def _traces(integrands, params, times, points, context, keys):
         g = integrands.at(t, params, context)
         dz, trace, square = exact.with_norm(g, z, None)
 
-        def own(key):
+        def by_divergence(key):
             return chosen.apply(g, z, chosen.init(key, z))
 
-        own_dz, estimates = jax.lax.map(own, keys)
-        return dz, own_dz[0], trace, jnp.sqrt(square), estimates
+        dz_by_divergence, estimates = jax.lax.map(by_divergence, keys)
+        return dz, dz_by_divergence[0], trace, jnp.sqrt(square), estimates
 
     with jax.default_matmul_precision("highest"):
         over_batch = jax.vmap(at, (None, 0, 0, 0))

@@ -36,17 +36,17 @@ class Contexts(eqx.Module):
     """The shapes of one context. None if they are not known."""
 
     @classmethod
-    def of(cls, standardize: Any, shape: Any, columns: bool = False) -> "Contexts":
+    def from_arguments(cls, standardize: Any, shape: Any, columns: bool = False) -> "Contexts":
         """From the arguments `standardize_context` and `context_shape` of `bind`.
 
         Args:
-            columns: take means and deviations of the last axis, as for rows of a set.
+            columns: take a mean and deviation for each entry of the last axis, as for sets.
         """
         data = context_numbers("standardize_context", standardize)
         return cls(_maps_of(data, columns), _shapes_of(shape, data))
 
     def knowing(self, shapes: tuple[Shape, ...]) -> "Contexts":
-        """With these shapes, unless they were known."""
+        """The contexts with these shapes, unless shapes are known."""
         return self if self.shapes is not None else dataclasses.replace(self, shapes=shapes)
 
     def rows(self, context: PyTree, samples: Shape) -> PyTree:
@@ -72,8 +72,10 @@ class Contexts(eqx.Module):
             )
         if shapes is None:
             shapes = tuple(_guessed_shape(jnp.shape(leaf), samples) for leaf in leaves)
-        each = zip(leaves, shapes, maps, strict=True)
-        rows = [_rows_of(leaf, samples, shape, of_leaf) for leaf, shape, of_leaf in each]
+        leaves_with_maps = zip(leaves, shapes, maps, strict=True)
+        rows = [
+            _rows_of(leaf, samples, shape, of_leaf) for leaf, shape, of_leaf in leaves_with_maps
+        ]
         return jax.tree.unflatten(structure, rows)
 
     def embedded(self, params: PyTree, context: PyTree, samples: Shape) -> tuple[PyTree, PyTree]:
@@ -84,17 +86,17 @@ class Contexts(eqx.Module):
         if not isinstance(params, Embedded) or context is None or self.shapes is None:
             return embedded(params, self.rows(context, samples))
         jax.eval_shape(lambda: self.rows(context, samples))  # raises
-        own = self.leading_axes(context)
-        params, vectors = embedded(params, self.rows(context, own))
+        context_axes = self.leading_axes(context)
+        params, vectors = embedded(params, self.rows(context, context_axes))
 
         def spread(leaf):
             row = leaf.shape[1:]
-            whole = jnp.broadcast_to(leaf.reshape(*own, *row), (*samples, *row))
+            whole = jnp.broadcast_to(leaf.reshape(*context_axes, *row), (*samples, *row))
             return whole.reshape(math.prod(samples), *row)
 
         return params, jax.tree.map(spread, vectors)
 
-    def given(self, row: PyTree) -> PyTree:
+    def unmapped(self, row: PyTree) -> PyTree:
         """Undo the map of one context."""
 
         def back(part, leaf):
@@ -107,8 +109,10 @@ class Contexts(eqx.Module):
         leaves = jax.tree.leaves(context_numbers("context", context))
         if self.shapes is None or len(self.shapes) != len(leaves):
             return ()
-        each = zip(leaves, self.shapes, strict=True)
-        axes = [jnp.shape(leaf)[: max(jnp.ndim(leaf) - len(own), 0)] for leaf, own in each]
+        with_shapes = zip(leaves, self.shapes, strict=True)
+        axes = [
+            jnp.shape(leaf)[: max(jnp.ndim(leaf) - len(shape), 0)] for leaf, shape in with_shapes
+        ]
         try:
             return jnp.broadcast_shapes((), *axes)
         except ValueError:  # `rows` says which does not fit
@@ -124,7 +128,7 @@ class InFlow(eqx.Module):
 
     def __call__(self, z: Float[Array, " *event"], *row: PyTree) -> Float[Array, ""]:
         x, log_det = self.maps.forward(z)
-        row = tuple(map(self.contexts.given, row))
+        row = tuple(map(self.contexts.unmapped, row))
         row = row if row and takes(self.log_density, x, *row) else ()
         return self.log_density(x, *row) - log_det
 
@@ -151,7 +155,7 @@ def context_numbers(name: str, context: PyTree) -> PyTree:
 
 
 def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
-    """The shape of one context, if nothing says it.
+    """Guess the shape of one context that the user did not tell.
 
     An array whose leading axes are those of the samples has one context for each of them, and any
     other array is one for all.
@@ -177,8 +181,8 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Ar
         leaf = leaf if of_leaf is None else floating(leaf)
         rows = jnp.broadcast_to(leaf, (*samples, *shape)).reshape(math.prod(samples), *shape)
     except ValueError:
-        own, remedy = jnp.shape(leaf)[max(cut, 0) :], ""
-        if len(own) == len(shape) > 1 and own[1:] == shape[1:] and own < shape:
+        row_shape, remedy = jnp.shape(leaf)[max(cut, 0) :], ""
+        if len(row_shape) == len(shape) > 1 and row_shape[1:] == shape[1:] and row_shape < shape:
             remedy = f" Pad sets to {shape[0]} points, by NaN for jaxode.nn.DeepSet."
         raise ValueError(
             f"{arg('context')} must be one of shape {shape}, or one for each of the samples "
@@ -187,20 +191,22 @@ def _rows_of(leaf: Any, samples: Shape, shape: Shape, of_leaf: Map | None) -> Ar
     return rows if of_leaf is None else jax.vmap(lambda row: of_leaf.inverse(row)[0])(rows)
 
 
-def _maps_of(given: Any, columns: bool = False) -> PyTree:
+def _maps_of(standardize: Any, columns: bool = False) -> PyTree:
     """A map for each floating leaf of the context, None for the others.
 
     A plain tuple is the mean and scale; a named one is a context of several arrays.
     """
-    if type(given) is tuple:
-        if len(given) != 2 or any(np.ndim(part) > 1 for part in given):
+    if type(standardize) is tuple:
+        if len(standardize) != 2 or any(np.ndim(part) > 1 for part in standardize):
             raise ValueError(
                 "bind(standardize_context=...): must be (mean, scale), an array of data, or a "
-                f"dictionary of such arrays; got a tuple of {len(given)} parts."
+                f"dictionary of such arrays; got a tuple of {len(standardize)} parts."
             )
-        return as_map("standardize_context", given, max(np.shape(part) for part in given))
+        return as_map(
+            "standardize_context", standardize, max(np.shape(part) for part in standardize)
+        )
 
-    def one(leaf):
+    def map_of_leaf(leaf):
         if isinstance(leaf, Partial):  # of `jaxode.standardize`
             if columns and jnp.ndim(leaf.args[0]) > 2:
                 raise ValueError(
@@ -217,18 +223,18 @@ def _maps_of(given: Any, columns: bool = False) -> PyTree:
             return as_map("standardize_context", leaf, jnp.shape(leaf)[1:])
         return None
 
-    return jax.tree.map(one, given, is_leaf=lambda x: isinstance(x, Partial))
+    return jax.tree.map(map_of_leaf, standardize, is_leaf=lambda x: isinstance(x, Partial))
 
 
-def _shapes_of(given: Any, data: Any) -> tuple[Shape, ...] | None:
-    """The shapes that were given, or those of the context data."""
+def _shapes_of(context_shape: Any, data: Any) -> tuple[Shape, ...] | None:
+    """The shapes that the user passed, or those of the context data."""
     of_data = None
     if type(data) is tuple:
         shape = max(np.shape(part) for part in data)
         of_data = (shape,) if shape else None
     elif data is not None:
         of_data = tuple(jnp.shape(leaf)[1:] for leaf in jax.tree.leaves(data))
-    if given is not None:
+    if context_shape is not None:
 
         def is_size(x):
             return isinstance(x, int | np.integer) and x >= 0
@@ -236,18 +242,18 @@ def _shapes_of(given: Any, data: Any) -> tuple[Shape, ...] | None:
         def is_shape(x):
             return isinstance(x, tuple) and all(map(is_size, x))
 
-        shapes = jax.tree.leaves(given, is_leaf=is_shape)
+        shapes = jax.tree.leaves(context_shape, is_leaf=is_shape)
         if not all(map(is_shape, shapes)):
             raise TypeError(
                 "bind(context_shape=...): must be a shape, a tuple of sizes such as (3,), or a "
-                f"pytree of shapes; got {given!r}."
+                f"pytree of shapes; got {context_shape!r}."
             )
         shapes = tuple(tuple(map(int, shape)) for shape in shapes)
 
-        def ends(shape, own):
-            return shape[len(shape) - len(own) :] == own
+        def ends_with(shape, row_shape):
+            return shape[len(shape) - len(row_shape) :] == row_shape
 
-        if of_data and not (len(shapes) == len(of_data) and all(map(ends, shapes, of_data))):
+        if of_data and not (len(shapes) == len(of_data) and all(map(ends_with, shapes, of_data))):
             raise ValueError(
                 "bind(context_shape=...): must end in that of the rows of standardize_context, "
                 f"{of_data}; got {shapes}. Leave it out."

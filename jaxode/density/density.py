@@ -221,11 +221,11 @@ class Density(eqx.Module):
         flow = self._row_by_row(None, (x, context), batch_size, progress)
         check_one_number(flow.base)
         rows, shape = check_batches("x", x, self.event_shape)
-        z, seen, large = placed(self.maps, rows)
+        z, in_reach, large = placed(self.maps, rows)
         params, context = self.contexts.embedded(self.params, context, shape)
         z = end_state(flow, compiled.transport, "x", z, params, None, context)
         levels = levels_at(self.maps, flow.base, z)
-        return jnp.where(seen, levels, jnp.where(large, 1.0, 0.0)).reshape(shape)
+        return jnp.where(in_reach, levels, jnp.where(large, 1.0, 0.0)).reshape(shape)
 
     @public("quantile")
     def quantile(
@@ -315,7 +315,7 @@ class Density(eqx.Module):
             check_finite({"x": rows})
             return z
         context = self.contexts.rows(context, shape)
-        # A network may know what to make of gaps.
+        # An embedding may accept NaN in the context.
         check_finite({"x": rows} | ({} if self.embed is not None else {"context": context}))
         return z, jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), context)
 
@@ -347,11 +347,11 @@ class Density(eqx.Module):
         steps, options = "per_sample", flow.solve_options
         if options.axis_name is not None:
             steps, chunks = flow.batch, None
-            for name, given in (("batch_size", batch_size), ("progress", progress or None)):
-                if given is not None:
+            for name, value in (("batch_size", batch_size), ("progress", progress or None)):
+                if value is not None:
                     raise ValueError(
                         f"{arg(name)} needs steps of each sample, which a flow with an axis_name "
-                        f"does not take; got {given}. Leave it out."
+                        f"does not take; got {value}. Leave it out."
                     )
         return dataclasses.replace(
             flow, batch=steps, divergence=divergence, throw=throw, chunks=chunks
@@ -437,14 +437,14 @@ def bind(
                 "Pass a network, such as jaxode.nn.DeepSet(2, 16, key=key)."
             )
         params = Embedded(params, embed)
-    known = is_known((standardize, standardize_context, support))
-    # Inside `jit`, the maps of what is known are the same as outside.
-    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+    maps_are_known = is_known((standardize, standardize_context, support))
+    # Maps of known values are computed at once, so that they are the same inside of `jit`.
+    with jax.ensure_compile_time_eval() if maps_are_known else contextlib.nullcontext():
         allowed = as_support(support, event)
         if allowed is not None and not allowed.spares(fixed):
             raise _fixed("support", flow, "Pass (low, high), infinite for angles, or leave it out.")
         units = as_map("standardize", standardize, event, allowed, fixed)
-        contexts = Contexts.of(standardize_context, context_shape, embed is not None)
+        contexts = Contexts.from_arguments(standardize_context, context_shape, embed is not None)
     return Density(
         _flow=wrap_constants(flow),
         _params=wrap_constants(params, numbers=True),

@@ -12,8 +12,10 @@ from jaxode._checks.arguments import described, floating, native, numeric_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 
-# Above it, or with fewer weights, the error of an estimate is itself not known (Vehtari et al.).
-LARGEST_K, FEWEST = 0.7, 1000
+# Above this shape of the tail of the weights, the error of an estimate is itself not known, and
+# neither is it with fewer weights (Vehtari et al.).
+LARGEST_K = 0.7
+FEWEST_WEIGHTS = 1000
 
 
 class Importance(eqx.Module):
@@ -35,20 +37,20 @@ class Importance(eqx.Module):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings about uses that the weights do not support. Not inside `jit`."""
-        found = []
+        warnings = []
         if not jnp.isfinite(self.ess):
-            found.append("Some weights are NaN or infinite, or all are zero.")
-        if self.count < FEWEST:
-            found.append(
-                f"With fewer than {FEWEST} weights, do not trust ess, log_z_error or pareto_k: "
-                "draw more samples."
+            warnings.append("Some weights are NaN or infinite, or all are zero.")
+        if self.count < FEWEST_WEIGHTS:
+            warnings.append(
+                f"With fewer than {FEWEST_WEIGHTS} weights, do not trust ess, log_z_error or "
+                "pareto_k: draw more samples."
             )
         elif jnp.isfinite(self.ess) and not self.pareto_k <= LARGEST_K:
-            found.append(
+            warnings.append(
                 f"With pareto_k above {LARGEST_K}, do not use weighted means, log_z or its error: "
                 "a few weights dominate, and larger ones are still to come. Train longer."
             )
-        return tuple(found)
+        return tuple(warnings)
 
     def __str__(self) -> str:
         values = self.ess, self.log_z, self.log_z_error, self.pareto_k

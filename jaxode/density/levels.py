@@ -49,7 +49,7 @@ def check_levels(q: Any) -> tuple[Float[Array, " levels"], tuple[int, ...]]:
 
 
 def levels_of_each(q: tuple[int, ...], rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of the levels of each row, from the shape of all. Raises if rows lack some."""
+    """The shape of the levels of one row. Raises unless `q` begins with the shape of the rows."""
     if q[: len(rows)] != rows:
         raise ValueError(
             f"{arg('q')} must begin with the axes of the context, {rows}, if paired=True; got the "
@@ -59,7 +59,7 @@ def levels_of_each(q: tuple[int, ...], rows: tuple[int, ...]) -> tuple[int, ...]
 
 
 def of_each_level(context: PyTree, levels: int) -> PyTree:
-    """Each row of the context for so many levels."""
+    """Repeat each row of the context once for each level."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, levels, axis=0), context)
 
 
@@ -73,12 +73,12 @@ def placed(
     they are large. A support is an interval, so they lie on one side of a number within.
     """
 
-    def near(x):
+    def within_reach(x):
         center = maps.forward(jnp.zeros_like(x))[0]
         finite, large = ~jnp.isinf(x), x > center
         return jnp.where(finite, x, center), finite.reshape(()), large.reshape(())
 
-    x, finite, large = jax.vmap(near)(x)
+    x, finite, large = jax.vmap(within_reach)(x)
     inside, fits, z, _ = from_data(maps, x)
     return z, inside & fits & finite, large
 

@@ -19,7 +19,8 @@ from jaxode._checks.caller import arg
 
 NOISES = "uniform", "normal"
 Noise = str | tuple[float, ...]  # the last of levels that get normal noise, uniform elsewhere
-NORMAL_SCALE = 1 / 6  # standard deviation of the normal, and its probability of (0, 1)
+NORMAL_SCALE = 1 / 6  # standard deviation of normal noise
+# Its probability of (0, 1).
 NORMAL_MASS = math.erf(0.5 / NORMAL_SCALE / math.sqrt(2))
 
 
@@ -35,12 +36,12 @@ def in_cells(
     return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
 
 
-def as_noise(name: str, noise: Any, ends: tuple[int, int] | None = None) -> Noise:
+def as_noise(name: str, noise: Any, level_range: tuple[int, int] | None = None) -> Noise:
     """The noise, if it is the name of one or a tuple of levels, which lie between `ends`."""
     if isinstance(noise, tuple | list) and noise and all(map(is_number, noise)):
-        low, high = ends or (-math.inf, math.inf)
+        low, high = level_range or (-math.inf, math.inf)
         wrong = [v for v in noise if not (low <= v <= high and v == math.floor(v))]
-        if wrong and ends:
+        if wrong and level_range:
             raise ValueError(
                 f"{arg(name)} must name levels, whole numbers from {low} to {high}; got {wrong}. "
                 "Leave out what is no level: it would change nothing."

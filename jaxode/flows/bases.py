@@ -41,9 +41,9 @@ class BaseDensity(Protocol):
 
 
 def has_full_support(base: BaseDensity) -> bool:
-    """Whether it has a density of all coordinates, as a base has that does not say otherwise.
+    """Whether the base has a density of all coordinates, which is assumed unless it says otherwise.
 
-    `CenteredNormal` says that it has not: its samples are centred.
+    `CenteredNormal` does: its samples are centred.
     """
     return getattr(base, "full_support", True)
 
@@ -117,7 +117,7 @@ class Torus:
 
     event_shape: tuple[int, ...]
     period: tuple[float, ...]
-    """Of each coordinate, flattened."""
+    """The period of each coordinate, flattened; infinite for those that are no angles."""
 
     @property
     def angles(self) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class Torus:
 
     @property
     def radius(self) -> np.ndarray:
-        """Of the circle of each coordinate, flattened."""
+        """The radius of the circle of each coordinate, flattened."""
         return radius_of(self.period)
 
     def log_prob(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -321,12 +321,15 @@ class _Adapted(eqx.Module):
 
 
 def _has_support(density: Any) -> bool:
-    """Whether it has bounds, of an interval or a half-line, that numpyro knows."""
+    """Whether numpyro knows that the density is bounded, to an interval or a half-line."""
     inner: Any = density
     while inner is not None:
-        of = next((cls.__name__ for cls in type(inner).__mro__ if "support" in vars(cls)), "")
-        # numpyro takes all that the last transform could return, and that of the first component.
-        if of == "TransformedDistribution" or (of == "MixtureGeneral" and inner._support is None):
+        owner = next((cls.__name__ for cls in type(inner).__mro__ if "support" in vars(cls)), "")
+        # For these, numpyro takes the range of the last transform, or the support of the first
+        # component.
+        if owner == "TransformedDistribution" or (
+            owner == "MixtureGeneral" and inner._support is None
+        ):
             return False
         inner = getattr(inner, "base_dist", None)
     try:
@@ -374,7 +377,7 @@ def level_functions(base: BaseDensity) -> tuple[Any, Any]:
 
 def has_edge(base: BaseDensity, dtype: Any) -> bool:
     """Whether the density is known to be zero far away: it may jump on the way there."""
-    # Of half precision, whose densities overflow sooner, nothing is known.
+    # In half precision densities overflow sooner, which tells nothing of an edge.
     if jnp.finfo(dtype).bits < 32:
         return False
     with jax.ensure_compile_time_eval():

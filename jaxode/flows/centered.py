@@ -33,12 +33,12 @@ class Centered(eqx.Module, Field):
         f = Completed(self.f)
         is_centered = f.is_centered(args)
         z = z if is_centered else centered(z)
-        out = f.value_and_divergence(t, z, args)
-        if out is NotImplemented or is_centered:
-            return out
-        dz, div = out
-        moved = jax.jacfwd(lambda shift: jnp.mean(self.f(t, z + shift[None], args), axis=0))
-        return centered(dz), div - jnp.trace(moved(jnp.zeros_like(z[0])))
+        closed_form = f.value_and_divergence(t, z, args)
+        if closed_form is NotImplemented or is_centered:
+            return closed_form
+        dz, div = closed_form
+        by_shift = jax.jacfwd(lambda shift: jnp.mean(self.f(t, z + shift[None], args), axis=0))
+        return centered(dz), div - jnp.trace(by_shift(jnp.zeros_like(z[0])))
 
     def is_centered(self, args: Any) -> bool:
         del args

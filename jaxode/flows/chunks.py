@@ -23,11 +23,13 @@ from jaxode.flows.keys import keys_of_rows
 from jaxode.ode.solution import Solution
 from jaxode.ode.system import System
 
-# Of a chunk whose size is not given: the least and the most rows, and rows times parameters in
-# between. Measured: benchmarks/NOTES.md.
-LEAST_ROWS, MOST_ROWS, ACTIVATIONS = 1024, 4096, 1 << 25
+# A chunk whose size is not given has so many rows, within these bounds, that rows times parameters
+# are `CHUNK_ACTIVATIONS`. Measured: benchmarks/NOTES.md.
+LEAST_CHUNK_ROWS = 1024
+MOST_CHUNK_ROWS = 4096
+CHUNK_ACTIVATIONS = 1 << 25
 
-# A program of a flow: (system, parts, key) -> solution.
+# A program of a flow: (system, integrands_and_base, key) -> solution.
 Program = Callable[[System, Any, Any], Solution]
 
 
@@ -45,27 +47,32 @@ class Chunks(NamedTuple):
         check_bool("progress", progress)
         if size is None:
             weights = sum(leaf.size for leaf in jax.tree.leaves(params) if eqx.is_array(leaf))
-            size = max(LEAST_ROWS, min(MOST_ROWS, ACTIVATIONS // max(weights, 1)))
+            size = max(LEAST_CHUNK_ROWS, min(MOST_CHUNK_ROWS, CHUNK_ACTIVATIONS // max(weights, 1)))
         return cls(integer("batch_size", size), progress)
 
 
-def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: Any, key) -> Solution:
-    """`program(system, parts, key)`. Neither noise nor steps of a row depend on the chunks."""
+def in_chunks(
+    program: Program, chunks: Chunks | None, system: System, integrands_and_base: Any, key
+) -> Solution:
+    """`program(system, integrands_and_base, key)`, chunk by chunk.
+
+    Neither noise nor steps of a row depend on the chunks.
+    """
     count = system.y0.shape[0]
     # A symbolic number of `jax.export` is not split.
     if chunks is None or not isinstance(count, int) or count <= chunks.size:
-        return program(system, parts, key)
+        return program(system, integrands_and_base, key)
     keys = None if key is None else keys_of_rows(key, system.y0, None)
     points = system.breakpoints
     of_rows = None if points is None or points.ndim == 1 else points
     rows = _split((system.y0, system.row_args, of_rows, keys), count, chunks.size)
     whole = system._replace(y0=None, row_args=None, breakpoints=points if of_rows is None else None)
-    if is_eager((rows, whole, parts)):
+    if is_eager((rows, whole, integrands_and_base)):
         told = count if chunks.progress else None
-        solutions = _one_by_one(program, whole, parts, rows, told)
+        solutions = _one_by_one(program, whole, integrands_and_base, rows, told)
         solution = jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
     else:
-        solution = _looped(program, whole, parts, rows)
+        solution = _looped(program, whole, integrands_and_base, rows)
 
     def join(leaf):
         return leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])[:count]
@@ -74,11 +81,11 @@ def in_chunks(program: Program, chunks: Chunks | None, system: System, parts: An
 
 
 def _split(rows: PyTree, count: int, most: int) -> PyTree:
-    """Leaves `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
+    """Split leaves into `[chunks, rows, ...]`. Neighbouring rows come into different chunks.
 
-    So what devices each have some neighbouring rows of is split over them in every chunk, too. The
-    last chunk is filled up with the first row. Sizes are eighths of `most`, so that batches of
-    different sizes share their programs.
+    So rows that are split over devices stay split over them in every chunk. The last chunk is
+    filled up with the first row. Sizes are eighths of `most`, so that batches of different sizes
+    share their programs.
     """
     chunks = -(-count // most)
     unit = -(-most // 8)
@@ -92,20 +99,25 @@ def _split(rows: PyTree, count: int, most: int) -> PyTree:
     return jax.tree.map(split, rows)
 
 
-def _one(program: Program, whole: System, parts: Any, rows: PyTree) -> Solution:
+def _one(program: Program, whole: System, integrands_and_base: Any, rows: PyTree) -> Solution:
     y0, row_args, points, keys = rows
     points = whole.breakpoints if points is None else points
-    return program(whole._replace(y0=y0, row_args=row_args, breakpoints=points), parts, keys)
+    return program(
+        whole._replace(y0=y0, row_args=row_args, breakpoints=points), integrands_and_base, keys
+    )
 
 
 def _one_by_one(
-    program: Program, whole: System, parts: Any, rows: PyTree, told: int | None
+    program: Program, whole: System, integrands_and_base: Any, rows: PyTree, told: int | None
 ) -> Iterator[Solution]:
-    """Each chunk. Write on stderr how many of the rows that are `told` are done, and seconds."""
+    """Solve chunk after chunk.
+
+    `told` is the number of rows in lines of progress on stderr; None for no lines.
+    """
     chunks, begin = rows[0].shape[0], time.perf_counter()
     for i in range(chunks):
         chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
-        yield jax.block_until_ready(_one(program, whole, parts, chunk))
+        yield jax.block_until_ready(_one(program, whole, integrands_and_base, chunk))
         if told is not None:
             done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
             text = f"\r{caller()}: {done:,} of {told:,} rows, {seconds:.0f} s "
@@ -113,6 +125,6 @@ def _one_by_one(
 
 
 @compiled
-def _looped(program: Program, whole: System, parts: Any, rows: PyTree) -> Solution:
-    one = jax.checkpoint(lambda rows: _one(program, whole, parts, rows))
-    return jax.lax.map(one, rows)
+def _looped(program: Program, whole: System, integrands_and_base: Any, rows: PyTree) -> Solution:
+    solve_chunk = jax.checkpoint(lambda rows: _one(program, whole, integrands_and_base, rows))
+    return jax.lax.map(solve_chunk, rows)

@@ -56,7 +56,7 @@ from jaxode.ode.solution import Solution, report
 from jaxode.ode.system import System, argument_faults, make_system
 from jaxode.regularizers import Regularizer
 
-# What is carried to the other end: data, base samples from the user, or samples of the base.
+# Which samples are solved for: data, base samples of the user, or draws.
 Samples = Literal["x", "z", "base"]
 
 
@@ -176,7 +176,9 @@ class CNF(eqx.Module):
         check_not_empty(system.y0)
         weights = check_weights(weights, system.y0)
         key = None if key is None else check_key(key)
-        loss, stats, result, t_reached = compiled.nll(system, self._parts, key, weights)
+        loss, stats, result, t_reached = compiled.nll(
+            system, self._integrands_and_base, key, weights
+        )
         faults = self._faults("x", system, weights)
         remedies = self.solve_options.remedies(state_dtype(system.y0))
         return report_loss(loss, result, t_reached, self.throw, faults, remedies), stats
@@ -231,8 +233,8 @@ class CNF(eqx.Module):
 
         References: Lipman et al. (2022), arXiv:2210.02747; Tong et al. (2023), arXiv:2302.00482.
         """
-        given = x0, context, weights, coupling, time_power
-        return matching_loss(self, params, x, check_key(key), *given)
+        arguments = x0, context, weights, coupling, time_power
+        return matching_loss(self, params, x, check_key(key), *arguments)
 
     @public("to_base")
     def to_base(
@@ -327,7 +329,7 @@ class CNF(eqx.Module):
         system = self._system("base", z, params, context).raising(bool(self.throw))
         check_not_empty(system.y0, "n")
         loss, result, t_reached, (value, slope) = reverse_kl.reverse_kl(
-            system, self._parts, probe_key, log_density, path
+            system, self._integrands_and_base, probe_key, log_density, path
         )
         faults = self._faults("base", system)
         faults |= FINITE_TARGET.fault(value) | FINITE_SLOPE.fault(slope)
@@ -340,8 +342,8 @@ class CNF(eqx.Module):
         return self.base.sample(base_key, (check_count(n),)), probe_key
 
     @property
-    def _parts(self) -> tuple[Integrands, BaseDensity]:
-        """The integrands and the base density, as arguments of a compiled program."""
+    def _integrands_and_base(self) -> tuple[Integrands, BaseDensity]:
+        """What a compiled program of a flow needs beside the system."""
         return Integrands(self.f, self.divergence, self.regularizers), self.base
 
     def _system(self, name: Samples, samples: Any, params: PyTree, context: PyTree) -> System:
@@ -366,7 +368,7 @@ class CNF(eqx.Module):
             faults = weights_faults(weights, self.solve_options.axis_name)
             faults |= data_faults({name: system.y0} | context, weights, joint=joint)
         faults |= Completed(self.f).span_faults(self.t0)
-        return period_faults(system, self._parts) | faults | argument_faults(system)
+        return period_faults(system, self._integrands_and_base) | faults | argument_faults(system)
 
 
 def end_state(
@@ -379,14 +381,14 @@ def end_state(
     context: PyTree,
     faults: Faults | None = None,
 ) -> Any:
-    """The end state of the compiled `program(system, parts, key)`.
+    """The end state of the compiled `program(system, integrands_and_base, key)`.
 
     If it fails, `faults` may be the reason, too.
     """
     throw = flow.throw is None or flow.throw
     system = flow._system(name, samples, params, context).raising(throw)
     key = None if key is None else check_key(key)
-    solution = in_chunks(program, flow.chunks, system, flow._parts, key)
+    solution = in_chunks(program, flow.chunks, system, flow._integrands_and_base, key)
     if throw:
         faults = (faults or {}) | flow._faults(name, system)
         remedies = flow.solve_options.remedies(state_dtype(system.y0))

@@ -1,7 +1,7 @@
 """The compiled programs behind the methods of a flow.
 
-A system carries the samples, and its state is extended by what is integrated along. `parts` are the
-integrands and the base density.
+A system carries the samples, and its state is extended by what is integrated along. Integrands and
+the base density are one argument.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxode._jax.closure import compiled
 from jaxode.flows.bases import log_prob_of
 from jaxode.flows.integrands import Integrands
 from jaxode.flows.keys import of_each_row
-from jaxode.flows.nll import NLL, evaluate, with_integrals
+from jaxode.flows.nll import BatchNLL, evaluate, with_integrals
 from jaxode.flows.periods import with_periods
 from jaxode.ode.bolza import unused_rows
 from jaxode.ode.solution import Solution
@@ -26,25 +26,25 @@ from jaxode.ode.system import System
 
 @compiled
 @with_periods
-def transport(system: System, parts, key) -> Solution:
+def transport(system: System, integrands_and_base, key) -> Solution:
     """The samples at the other end."""
-    del parts, key
+    del integrands_and_base, key
     return run(system)
 
 
 @compiled
 @with_periods
-def log_prob(system: System, parts, key) -> Solution:
+def log_prob(system: System, integrands_and_base, key) -> Solution:
     """The log-density of data, as the end state."""
-    integrands, base = parts
+    integrands, base = integrands_and_base
     return _log_prob(system, integrands, base, probes_of(system, integrands, key))
 
 
 @compiled
 @with_periods
-def log_prob_and_error(system: System, parts, key) -> Solution:
+def log_prob_and_error(system: System, integrands_and_base, key) -> Solution:
     """The log-density of data and its standard error, as the end state."""
-    integrands, base = parts
+    integrands, base = integrands_and_base
     probes, shape = probes_of(system, integrands, key), system.y0.shape
     if probes is None:
         solution = _log_prob(system, integrands, base, probes)
@@ -67,9 +67,9 @@ def log_prob_and_error(system: System, parts, key) -> Solution:
 
 @compiled
 @with_periods
-def sample(system: System, parts, key) -> Solution:
+def sample(system: System, integrands_and_base, key) -> Solution:
     """Base samples carried to the time of the data, with their log-densities."""
-    integrands, base = parts
+    integrands, base = integrands_and_base
     solution = with_integrals(system, integrands.volume, probes_of(system, integrands, key), ())
     x, log_det = solution.y1
     log_base = log_prob_of(base, system.y0, system.stepper.precision)
@@ -78,13 +78,13 @@ def sample(system: System, parts, key) -> Solution:
 
 @compiled
 @with_periods
-def nll(system: System, parts, key, weights):
+def nll(system: System, integrands_and_base, key, weights):
     """The training loss, its statistics, the `Result` that counts, and the time reached."""
-    integrands, base = parts
+    integrands, base = integrands_and_base
     axis_name, x = system.stepper.axis_name, system.y0
     probes = probes_of(system, integrands, key, of_costs=True)
     weights, valid = normalized(weights, x, axis_name)
-    loss, stats, t_reached = evaluate(NLL(system, integrands, base, probes, weights))
+    loss, stats, t_reached = evaluate(BatchNLL(system, integrands, base, probes, weights))
     failed = stats.result != Result.SUCCESS
     result = jnp.where(valid | failed, stats.result, Result.INVALID_ARGUMENT)
     unused = unused_rows(result, weights).reshape(result.shape)

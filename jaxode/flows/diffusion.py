@@ -151,18 +151,21 @@ class _ProbabilityFlow(eqx.Module, Field):
 
     def __call__(self, t: Time, z: Float[Array, " *event"], args: PyTree):
         """The velocity of one sample."""
-        out = self.model(t, z, args)
-        if jax.tree.structure(out) != jax.tree.structure(z) or jnp.shape(out) != z.shape:
-            return out  # the field's usual check names the shape
-        return self.path.drift(t) * z + self._factor(t) * out
+        prediction = self.model(t, z, args)
+        if (
+            jax.tree.structure(prediction) != jax.tree.structure(z)
+            or jnp.shape(prediction) != z.shape
+        ):
+            return prediction  # the field's usual check names the shape
+        return self.path.drift(t) * z + self._factor(t) * prediction
 
     def value_and_divergence(self, t: Time, z: Float[Array, " *event"], args: PyTree):
         """`(velocity, divergence)`, or `NotImplemented` if the model has no closed form."""
-        out = Completed(self.model).value_and_divergence(t, z, args)
-        if out is NotImplemented:
-            return out
+        closed_form = Completed(self.model).value_and_divergence(t, z, args)
+        if closed_form is NotImplemented:
+            return closed_form
         drift, factor = self.path.drift(t), self._factor(t)
-        dz, div = out
+        dz, div = closed_form
         return drift * z + factor * dz, drift * jnp.asarray(z.size, z.dtype) + factor * div
 
     def _factor(self, t: Time) -> Time:

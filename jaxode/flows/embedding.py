@@ -8,14 +8,14 @@ from jaxtyping import PyTree
 from jaxode._checks.caller import arg
 from jaxode._jax.closure import compiled
 
-MOST_ROWS = 1024  # at once, of a network that may need much memory for each
+MOST_EMBEDDED_ROWS = 1024  # at once: the network may need much memory for each
 
 
 class Embedded(NamedTuple):
     """Parameters of a vector field, and the network of its contexts. `jaxode.bind` makes it."""
 
     params: PyTree
-    """Of the vector field."""
+    """Parameters of the vector field."""
     embed: Any
     """A function of the context of one sample, and a pytree of its own parameters."""
 
@@ -32,6 +32,6 @@ def embedded(params: PyTree, context: PyTree) -> tuple[PyTree, PyTree]:
 @compiled
 def _of_rows(embed: Any, context: PyTree) -> PyTree:
     count = jax.tree.leaves(context)[0].shape[0]
-    if not isinstance(count, int) or count <= MOST_ROWS:  # symbolic, of `jax.export`
+    if not isinstance(count, int) or count <= MOST_EMBEDDED_ROWS:  # symbolic, of `jax.export`
         return jax.vmap(embed)(context)
-    return jax.lax.map(embed, context, batch_size=MOST_ROWS)
+    return jax.lax.map(embed, context, batch_size=MOST_EMBEDDED_ROWS)

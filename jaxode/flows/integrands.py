@@ -53,8 +53,8 @@ class Integrands(eqx.Module):
 
     def score(self, t, state, params, row):
         """Derivative of `(z, log p(z), SCORE grad log p(z))`. Only that of `z` has derivatives."""
-        dz, *others = self.score_with_jacobian(t, state, params, row)
-        return dz, *jax.lax.stop_gradient(others)
+        dz, *derivatives = self.score_with_jacobian(t, state, params, row)
+        return dz, *jax.lax.stop_gradient(derivatives)
 
     def score_with_jacobian(self, t, state, params, row):
         """`score` for a solver that takes derivatives by the state."""
@@ -71,10 +71,10 @@ class Integrands(eqx.Module):
         """Derivative of `(z, integral of each estimate of div f)`, on one linearization."""
         probe, context = row
 
-        def one(v):
+        def volume_of_probe(v):
             return self.volume(t, state, params, (v[None], context))
 
-        return jax.vmap(one, out_axes=(None, 0))(probe)
+        return jax.vmap(volume_of_probe, out_axes=(None, 0))(probe)
 
     def field_and_costs(self, t, state, params, row):
         """Derivative of `(z, integrals of the costs)`."""
@@ -103,8 +103,10 @@ class Integrands(eqx.Module):
     def chosen_divergence(
         self, x: Float[Array, "batch *event"], params, context, *, of_costs: bool = False
     ) -> Divergence:
-        """The divergence that `auto()` stands for, also for the running costs. So a closed form
-        needs no key."""
+        """The divergence that `auto()` stands for; with `of_costs`, for the running costs, too.
+
+        It is chosen before probes are drawn, so that a closed form needs no key.
+        """
 
         def like_row(leaf):
             return jnp.zeros(jnp.shape(leaf)[1:], jnp.result_type(leaf))

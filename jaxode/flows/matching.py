@@ -74,23 +74,23 @@ def matching_loss(
     check_not_empty(x)
     context = check_rows("context", context, x.shape[0])
     params, context = embedded(check_args("params", params), context)
-    given = check_weights(weights, x)
-    weights, _ = normalized(given, x, axis_name)
+    row_weights = check_weights(weights, x)
+    weights, _ = normalized(row_weights, x, axis_name)
     t0, t1, *_ = check_times(flow.t0, flow.t1, None, x.dtype)
-    faults = DIFFER.check(t0, t1) | weights_faults(given, axis_name)
+    faults = DIFFER.check(t0, t1) | weights_faults(row_weights, axis_name)
     # NaN if only the run can tell that the times are wrong.
     span = jnp.where(DIFFER.holds(t0, t1), jnp.asarray(t1 - t0), jnp.nan)
     base_key, time_key, pair_key = jax.random.split(key, 3)
-    z0, of_start = _start_samples(base, base_key, x0, x, given, axis_name)
-    order = _paired_rows(coupling, pair_key, base, z0, x, context, given)
+    z0, of_start = _start_samples(base, base_key, x0, x, row_weights, axis_name)
+    order = _paired_rows(coupling, pair_key, base, z0, x, context, row_weights)
     if order is not None:
         permuted, of_order = _check_permutation(order)
         faults |= of_order
         # Set through the weights, so that the gradient is NaN, too.
         weights, z0 = jnp.where(permuted, weights, jnp.nan), z0[order]
-    faults |= data_faults({"x": x}, given) | of_start
-    of_context = data_faults({"context": context}, given)
-    if given is not None:
+    faults |= data_faults({"x": x}, row_weights) | of_start
+    of_context = data_faults({"context": context}, row_weights)
+    if row_weights is not None:
         x, z0, context = _with_stand_ins(weights, (x, z0, context))
     u, of_power = _path_times(time_key, x, axis_name, time_power)
     # Make the parameters vary like the rows: devices then exchange their gradient once.
@@ -154,7 +154,7 @@ def _errors_and_periods(flow: Any, params: PyTree, paths: Paths, t0: Any, span: 
 
 
 def _unless_others_fail(of_context: Faults, errors: Float[Array, " batch"]) -> Faults:
-    """The faults of the context, unless rows fail that have none.
+    """The faults of the context, unless rows without such a fault fail, too.
 
     A field may accept NaN in the context: then it is not why rows fail.
     """
@@ -175,13 +175,15 @@ def _reported(loss: Float[Array, ""], faults: Faults, throw: bool | None) -> Flo
     return report_loss(loss, result, no_time, throw, faults)
 
 
-def _start_samples(base: BaseDensity, key, x0, x: Float[Array, "batch *event"], given, axis_name):
+def _start_samples(
+    base: BaseDensity, key, x0, x: Float[Array, "batch *event"], row_weights, axis_name
+):
     """A start sample for each row, of the user or of the base, and the faults that it may have."""
     if x0 is None:
         z0 = _base_samples(base, key, x, axis_name)
         return z0, FINITE_BASE.fault(z0, where="cnf")
     z0 = _check_start(check_samples("x0", x0, x.shape[1:]), x)
-    return z0, data_faults({"x0": z0}, given)
+    return z0, data_faults({"x0": z0}, row_weights)
 
 
 def _check_permutation(rows: Int[Array, " batch"]) -> tuple[Bool[Array, ""], Faults]:
@@ -202,10 +204,10 @@ def _with_stand_ins(weights: Float[Array, " batch"], data: PyTree) -> PyTree:
     weighted = jnp.any(weights != 0)
     source = jnp.argmax(jnp.where(weighted, weights, finite.astype(weights.dtype)))
     rows = jnp.where(weights == 0, source, jnp.arange(len(weights)))
-    there = weighted | finite.any()
+    has_stand_in = weighted | finite.any()
 
     def stand_in(leaf):
-        return jnp.where(there, leaf[rows], jnp.zeros_like(leaf))
+        return jnp.where(has_stand_in, leaf[rows], jnp.zeros_like(leaf))
 
     return jax.tree.map(stand_in, data)
 
@@ -238,7 +240,7 @@ def _base_samples(base: BaseDensity, key, x: Float[Array, "batch *event"], axis_
 
 
 def _with_turns(turns: Turns, paths: Paths) -> Paths:
-    """The paths, and one more for each turn, which rests there."""
+    """Append a path for each turn, which stays at one event."""
     u, z0, x, context = paths
 
     def spread(leaf):
@@ -282,7 +284,7 @@ def _paired_rows(
             "jaxode.coupling, called: jaxode.coupling.independent(); or, for your own, "
             "jaxode.coupling.Coupling(pair) with pair(key, z, x, context)."
         )
-    if isinstance(base, Torus):  # across the cut, too, near is near
+    if isinstance(base, Torus):  # so that distances do not jump at the cut
         z0, x = base.chords(z0), base.chords(x)
     rows = coupling.pair(key, *jax.lax.stop_gradient((z0, x, context)))
     if rows is None:

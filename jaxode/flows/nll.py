@@ -42,7 +42,7 @@ class NLLStats(NamedTuple):
     """The integral of each regularizer's cost along each trajectory, by name."""
 
 
-class NLL(NamedTuple):
+class BatchNLL(NamedTuple):
     """What the loss of a batch is made of."""
 
     system: System
@@ -60,7 +60,7 @@ class NLL(NamedTuple):
         return jnp.asarray([r.weight for r in self.integrands.regularizers], dtype)
 
 
-def evaluate(nll: NLL) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
+def evaluate(nll: BatchNLL) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"]]:
     """The loss, its statistics, and the time reached.
 
     Only the loss is differentiable.
@@ -76,7 +76,7 @@ def evaluate(nll: NLL) -> tuple[Float[Array, ""], NLLStats, Float[Array, "*rows"
     return loss, NLLStats(log_prob * valid, log_det * valid, stats, result, running), t_reached
 
 
-def _augmented(nll: NLL) -> tuple[Float[Array, ""], bolza.Outcome]:
+def _augmented(nll: BatchNLL) -> tuple[Float[Array, ""], bolza.Outcome]:
     """Solve the samples together with the integrals of their costs."""
     system, integrands = nll.system, nll.integrands
     count = 1 + len(integrands.regularizers)
@@ -88,7 +88,7 @@ def _augmented(nll: NLL) -> tuple[Float[Array, ""], bolza.Outcome]:
     forward = jnp.sign(system.t1 - system.t0).astype(system.y0.dtype)
     integrals = jnp.concatenate([costs[:, :1], costs[:, 1:] * forward], axis=1)
     log_base = log_prob_of(nll.base, z, system.stepper.precision)
-    values = bolza.Values(log_base, integrals)
+    values = bolza.RowValues(log_base, integrals)
     coefficients = nll.coefficients(costs.dtype)
     loss, _ = bolza.weighted_sum_of_rows(values, coefficients, nll.weights, ok, unused)
     return loss, bolza.Outcome(values, solution.stats, solution.result, solution.t_reached)
@@ -101,7 +101,7 @@ def with_integrals(system: System, field, probes, shape: tuple[int, ...]) -> Sol
     return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))
 
 
-def _fused(nll: NLL) -> tuple[Float[Array, ""], bolza.Outcome]:
+def _fused(nll: BatchNLL) -> tuple[Float[Array, ""], bolza.Outcome]:
     """Solve the samples alone, and integrate their costs on the way back."""
     nll = vary_alike(nll)
     system, x = nll.system, nll.system.y0
@@ -134,7 +134,7 @@ def _fused(nll: NLL) -> tuple[Float[Array, ""], bolza.Outcome]:
     terminal, _ = close_field(precision, log_base, t0, y0, ())
     weights = nll.weights.astype(ravel.dtype)
     inputs = bolza.Inputs(problem, costs, probes, terminal, weights)
-    settings = bolza.Settings.of(stepper, system.adjoint, nll.coefficients(ravel.dtype))
+    settings = bolza.Settings.constant(stepper, system.adjoint, nll.coefficients(ravel.dtype))
     loss, outcome = bolza.evaluate(inputs, settings)
     if joint:  # one solve for all rows
         of_solve = outcome.stats, outcome.result, outcome.t_reached

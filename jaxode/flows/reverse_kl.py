@@ -50,24 +50,24 @@ class Samples(NamedTuple):
 @compiled
 @with_periods
 def reverse_kl(
-    system: System, parts, key, log_density: Target, path: bool
+    system: System, integrands_and_base, key, log_density: Target, path: bool
 ) -> tuple[
     Float[Array, ""], Int[Array, "*rows"], Float[Array, "*rows"], tuple[Bool[Array, " n"], ...]
 ]:
     """The loss, the `Result` that counts, the time reached, and where the target is finite.
 
-    The latter says of each sample whether the value is, and whether the gradient is.
+    The last are two masks of the samples: of finite values, and of finite gradients.
     """
-    integrands, base = parts
+    integrands, base = integrands_and_base
     draw = _with_score if path else _with_volume
     solution, x, log_q, score = draw(system, integrands, base, probes_of(system, integrands, key))
-    there = jax.lax.stop_gradient(x)
-    log_p, slope, finite = _target(log_density, in_one_period(base, there), system.row_args)
-    # Zero, with the derivative of `log q(x) - log p(x)` along the path.
-    along = jnp.sum(((score - slope) * (x - there)).reshape(len(log_q), -1), axis=1)
+    fixed_x = jax.lax.stop_gradient(x)
+    log_p, slope, finite = _target(log_density, in_one_period(base, fixed_x), system.row_args)
+    # This is zero. Its derivative is that of `log q(x) - log p(x)` along the path.
+    along = jnp.sum(((score - slope) * (x - fixed_x)).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)
     solved = solution.ok
-    finite = tuple(each | ~solved for each in finite)  # a failed solve has its own message
+    finite = tuple(holds | ~solved for holds in finite)  # a failed solve has its own message
     fine = finite[0] & finite[1]
     result = jnp.where(
         solved & ~(fine if solved.shape else fine.all()),
@@ -109,13 +109,13 @@ def _with_volume(system: System, integrands: Integrands, base: BaseDensity, prob
 def _target(log_density: Target, x: Float[Array, "n *event"], context):
     """The target's log-densities `[n]`, their gradients, and where each is finite."""
 
-    def one(x, *row):
+    def log_density_of_row(x, *row):
         rule = "must return a floating scalar, the log-density of one sample"
         value = log_density(x, *row)
         return check_scalar("log_density", value, rule, "It is mapped over the samples.")
 
     rows = () if context is None else (context,)
     rows = rows if takes(log_density, x, *rows) else ()
-    log_p, slope = jax.vmap(jax.value_and_grad(one))(x, *rows)
+    log_p, slope = jax.vmap(jax.value_and_grad(log_density_of_row))(x, *rows)
     slope, event = jax.lax.stop_gradient(slope), tuple(range(1, x.ndim))
     return log_p, slope, (jnp.isfinite(log_p), jnp.isfinite(slope).all(event))

@@ -48,7 +48,7 @@ class NumpyroDistribution(dist.Distribution):
 
 
 class _Events:
-    """A support and the shape of its events: a pytree, as numpyro requires."""
+    """A support and the shape of its events, as a pytree, which numpyro requires."""
 
     def __init__(self, support: Map, event: tuple[int, ...]):
         self.held, self.event = support, event
@@ -59,8 +59,8 @@ class _Events:
     def map(self, f, x):
         """Apply `f` to each event of a batch."""
         shape = x.shape[: x.ndim - len(self.event)]
-        out = jax.vmap(f)(x.reshape(math.prod(shape), *self.event))
-        return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), out)
+        mapped = jax.vmap(f)(x.reshape(math.prod(shape), *self.event))
+        return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), mapped)
 
 
 class _InSupport(_Events, constraints.Constraint):

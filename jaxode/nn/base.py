@@ -19,7 +19,7 @@ WAVES = 4  # the largest frequency of the time, in half turns over [0, 1]
 
 
 def _name_of(function: Any) -> Any:
-    """`module:name` of a function that is found there, else the function itself.
+    """`module:name` of a function that can be imported by it, else the function itself.
 
     `pickle` writes names of plain functions only, not of what `jax.jit` or `jax.custom_jvp` return.
     """
@@ -39,15 +39,15 @@ def waves(t: Float[Array, ""], dtype: Any) -> list[Array]:
 def encoded_context(
     t, context, encoder: Any, activation: Callable[[Array], Array], dtype: Any
 ) -> Array:
-    """The time and, by two layers, the context."""
-    known = waves(t, dtype)
+    """Encode the time by waves, and the context by two layers."""
+    encoded = waves(t, dtype)
     if encoder is not None:
         inner, outer = encoder
-        known.append(outer(activation(inner(context))))
-    return jnp.concatenate(known)
+        encoded.append(outer(activation(inner(context))))
+    return jnp.concatenate(encoded)
 
 
-def parts(layer: "Dense", e: Array, count: int) -> list[Array]:
+def equal_parts(layer: "Dense", e: Array, count: int) -> list[Array]:
     """`layer(e)` in equal parts.
 
     Products with parts of the weights, since parts of the outputs of a batch would be copied.
@@ -64,8 +64,8 @@ def draws(key: PRNGKeyArray, shapes: tuple[tuple[int, ...], ...]) -> list[Array]
     """
     sizes = [math.prod(shape) for shape in shapes]
     flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
-    parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    drawn = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
+    return [part.reshape(shape) for part, shape in zip(drawn, shapes, strict=True)]
 
 
 class Dense(eqx.Module):
@@ -115,8 +115,12 @@ class Network(eqx.Module):
         """`(m(t, y), div m)` in closed form. `NotImplemented` if there is none."""
         if type(self).__call__ is not Network.__call__:  # a subclass with a field of its own
             return NotImplemented
-        out = self._closed_form(t, self._vector(y, context), context)
-        return out if out is NotImplemented else (out[0].reshape(y.shape), out[1])
+        closed_form = self._closed_form(t, self._vector(y, context), context)
+        return (
+            closed_form
+            if closed_form is NotImplemented
+            else (closed_form[0].reshape(y.shape), closed_form[1])
+        )
 
     @abc.abstractmethod
     def _field(self, t, x: Float[Array, " size"], context) -> Float[Array, " size"]:
@@ -164,7 +168,7 @@ class Network(eqx.Module):
 
     @property
     def _shape(self) -> tuple[int, ...] | None:
-        """The shape of a sample, if others of its size would exchange or shift numbers."""
+        """The shape of a sample, if a sample of another shape would mix up its numbers."""
         return None
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
@@ -179,8 +183,8 @@ class Network(eqx.Module):
 
     def __setstate__(self, state):
         activation = state["activation"]
-        found = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
-        vars(self).update(state, activation=found)
+        function = pkgutil.resolve_name(activation) if isinstance(activation, str) else activation
+        vars(self).update(state, activation=function)
 
 
 class Symmetric(Network):
@@ -200,7 +204,7 @@ class Symmetric(Network):
     def _shape(self):
         return self.event_shape
 
-    def _known(self, t, context) -> Float[Array, " known"]:
+    def _encoded(self, t, context) -> Float[Array, " encoded"]:
         """Waves of the time, and the context."""
-        known = waves(t, self.hidden.bias.dtype)
-        return jnp.concatenate(known if context is None else [*known, context])
+        encoded = waves(t, self.hidden.bias.dtype)
+        return jnp.concatenate(encoded if context is None else [*encoded, context])

@@ -14,8 +14,8 @@ from jaxode.nn.base import Dense, draws
 from jaxode.nn.mixer import rows
 from jaxode.nn.residual import saturated
 
-SMALLEST = 1e-4  # deviation of points, in standardized units
-FARTHEST = 1e16  # whose square is finite in float32, also in sums
+LEAST_SPREAD_OF_POINTS = 1e-4  # standard deviation that is told from zero, in standardized units
+FARTHEST = 1e16  # points are clipped to it: sums of its square are finite in float32
 
 
 class DeepSet(eqx.Module):
@@ -65,22 +65,22 @@ class DeepSet(eqx.Module):
                 f"row of one set, pass context_shape=(points, {size}) to bind."
             )
         points = floating(points)
-        there = ~jnp.isnan(points).any(axis=1)
-        count = jnp.sum(there).astype(points.dtype)
+        present = ~jnp.isnan(points).any(axis=1)
+        count = jnp.sum(present).astype(points.dtype)
 
         def mean(h):
-            total = jnp.sum(jnp.where(there[:, None], h, 0.0), axis=0)
+            total = jnp.sum(jnp.where(present[:, None], h, 0.0), axis=0)
             return total / jnp.maximum(count, 1.0)
 
         act: Any = jax.nn.silu
         # Replaced before any product, or the gradient would be NaN.
-        x = jnp.where(there[:, None], points, 0.0)
+        x = jnp.where(present[:, None], points, 0.0)
         x = jnp.where(jnp.isinf(x), jnp.nan, jnp.clip(x, -FARTHEST, FARTHEST))
         center = mean(x)
         away = x - center[None]
-        variance = mean(jnp.square(away)) + SMALLEST**2
-        both = jnp.concatenate([x, away * jax.lax.rsqrt(variance)[None]], axis=1)
-        h = saturated(rows(self.point[1], act(rows(self.point[0], both))))
+        variance = mean(jnp.square(away)) + LEAST_SPREAD_OF_POINTS**2
+        with_moments = jnp.concatenate([x, away * jax.lax.rsqrt(variance)[None]], axis=1)
+        h = saturated(rows(self.point[1], act(rows(self.point[0], with_moments))))
         beside = self.others[0](mean(act(h)))[None]
         h = h + rows(self.others[1], act(h + beside))
         of_count = jnp.stack([jnp.log1p(count), jax.lax.rsqrt(1 + count)])

@@ -49,8 +49,8 @@ class Ensemble(eqx.Module):
     @classmethod
     def of(cls, networks: Sequence[Any]) -> "Ensemble":
         """The ensemble of these networks."""
-        each = iter(networks)
-        return cls(lambda _: next(each), len(networks), key=jax.random.key(0))
+        in_turn = iter(networks)
+        return cls(lambda _: next(in_turn), len(networks), key=jax.random.key(0))
 
     def __call__(
         self, t: Float[Array, ""], y: Float[Array, " *event"], *context: Any
@@ -62,13 +62,17 @@ class Ensemble(eqx.Module):
     ) -> Any:
         """`(m(t, y), div m)` in closed form. `NotImplemented` if a member has none."""
         fields = map(Completed, self.members)
-        each = [field.value_and_divergence(t, y, *context) for field in fields]
-        return NotImplemented if any(one is NotImplemented for one in each) else self._mean(each)
+        closed_forms = [field.value_and_divergence(t, y, *context) for field in fields]
+        return (
+            NotImplemented
+            if any(closed_form is NotImplemented for closed_form in closed_forms)
+            else self._mean(closed_forms)
+        )
 
     def is_centered(self, *context: Any) -> bool:
         """Whether the members keep the mean of particles, and are blind to it."""
         return all(Completed(network).is_centered(*context) for network in self.members)
 
-    def _mean(self, each: list[Any]) -> Any:
+    def _mean(self, outputs: list[Any]) -> Any:
         # One after the other: as a batch, their products take twice as long on a CPU.
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *each)
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *outputs)

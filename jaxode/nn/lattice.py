@@ -90,8 +90,8 @@ class Lattice(Symmetric):
         self.context_size = integer("context_size", context_size, 0)
         features = 1 + frequencies * (1 if odd else 2)
         orbits = int(_orbits(event, self.isotropic).max()) + 1
-        known = 2 * WAVES + self.context_size
-        shapes = (modes, features, orbits), (width, known), (modes, width)
+        encoded_size = 2 * WAVES + self.context_size
+        shapes = (modes, features, orbits), (width, encoded_size), (modes, width)
         kernel, hidden, last = draws(check_key(key), shapes)
         self.kernel = kernel * (0.1 / math.sqrt(features * math.prod(event)))
         self.frequency = jnp.linspace(0.5, 3.0, frequencies)
@@ -115,7 +115,7 @@ class Lattice(Symmetric):
         return jnp.concatenate([x[None], *waves])
 
     def _kernels(self, t, context) -> Float[Array, "features *shape"]:
-        c = self.last(self.activation(self.hidden(self._known(t, context))))
+        c = self.last(self.activation(self.hidden(self._encoded(t, context))))
         mixed = jnp.tensordot(c, self.kernel, 1)
         return mixed[:, _orbits(self.event_shape, self.isotropic)]
 
@@ -127,5 +127,5 @@ class Lattice(Symmetric):
             return jnp.fft.rfftn(x.astype(state_dtype(x)), axes=axes)
 
         product = jnp.sum(transform(kernels) * transform(features), axis=0)
-        out = jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
-        return out.reshape(-1)
+        convolved = jnp.fft.irfftn(product, s=self.event_shape, axes=tuple(range(product.ndim)))
+        return convolved.reshape(-1)

@@ -12,12 +12,12 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.event_shapes import as_event_shape
 from jaxode._checks.samples import check_key
-from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, parts
+from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, equal_parts
 from jaxode.nn.residual import saturated
 
 
 def rows(layer: Dense, h: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    """`layer` of each row."""
+    """Apply a layer to each row."""
     return h @ layer.weight.T + layer.bias[None]
 
 
@@ -30,21 +30,21 @@ def _shapes(
     """Shapes `(out, in)` of the weights outside of blocks, in a block, and of the encoder."""
     size, count = math.prod(event), event[0] * event[1] // patch**2  # numbers, patches
     numbers = size // count
-    known = 2 * WAVES + (width if context_size else 0)
+    encoded_size = 2 * WAVES + (width if context_size else 0)
     middle, wide = max(width * 2 // 3, 1), 2 * width
-    ends = (
-        (2 * features, known), (width, numbers * (4 + features)), (count, width),
-        (numbers * (1 + features), width), (size, known),
+    outside = (
+        (2 * features, encoded_size), (width, numbers * (4 + features)), (count, width),
+        (numbers * (1 + features), width), (size, encoded_size),
     )  # fmt: skip
     of_block = (
-        (4 * width, known), (middle, count), (count, middle), (wide, width), (width, wide),
+        (4 * width, encoded_size), (middle, count), (count, middle), (wide, width), (width, wide),
     )  # fmt: skip
     encoder = ((width, context_size), (width, width)) if context_size else ()
-    return ends, of_block, encoder
+    return outside, of_block, encoder
 
 
 class Block(eqx.Module):
-    """Two layers between patches, and two of each patch."""
+    """Two layers that mix patches, and two that mix the features of each patch."""
 
     modulation: Dense
     tokens: tuple[Dense, Dense]
@@ -118,17 +118,17 @@ class Mixer(Network):
                 f"{arg('patch')} must divide the height and the width, {event[0]} and {event[1]}; "
                 f"got {patch}. Pass one that does, or pad the images."
             )
-        ends, of_block, encoder = _shapes(event, patch, width, features, context_size)
+        outside, of_block, encoder = _shapes(event, patch, width, features, context_size)
         feature, first, place, last, scale, *drawn = draws(
-            check_key(key), (*ends, *of_block * blocks, *encoder)
+            check_key(key), (*outside, *of_block * blocks, *encoder)
         )
         start = jnp.concatenate([jnp.ones(features), jnp.linspace(-2.0, 2.0, features)])
         self.feature = eqx.tree_at(lambda layer: layer.bias, Dense(feature), start)
         self.first, self.place = Dense(first), 0.1 * place
         self.last, self.scale = Dense(last, 0.1), Dense(scale, 0.0)
         dense = tuple(map(Dense, drawn))
-        each = [dense[i : i + 5] for i in range(0, 5 * blocks, 5)]
-        self.blocks = tuple(Block(m, (t, u), (c, d)) for m, t, u, c, d in each)
+        of_blocks = [dense[i : i + 5] for i in range(0, 5 * blocks, 5)]
+        self.blocks = tuple(Block(m, (t, u), (c, d)) for m, t, u, c, d in of_blocks)
         self.encoder = (dense[-2], dense[-1]) if context_size else None
         self.event_shape, self.patch, self.activation = event, patch, activation
 
@@ -145,17 +145,17 @@ class Mixer(Network):
         e = encoded_context(t, context, self.encoder, self.activation, x.dtype)
         down, size, across, *_ = self._tiled
         y = jnp.swapaxes(x.reshape(self._tiled), 1, 2).reshape(down * across, -1)
-        slope, shift = (part[None, :, None] for part in parts(self.feature, e, 2))
+        slope, shift = (part[None, :, None] for part in equal_parts(self.feature, e, 2))
         phi = self.activation(slope * y[:, None] + shift)
-        seen = jnp.concatenate([self._windows(x), phi.reshape(len(y), -1)], axis=1)
-        h = rows(self.first, seen) + self.place
+        patches = jnp.concatenate([self._windows(x), phi.reshape(len(y), -1)], axis=1)
+        h = rows(self.first, patches) + self.place
         for block in self.blocks:
-            a, b, c, d = (part[None] for part in parts(block.modulation, e, 4))
+            a, b, c, d = (part[None] for part in equal_parts(block.modulation, e, 4))
             h = h + self._mixed(block.tokens, ((1 + a) * h + b).T).T
             h = h + self._mixed(block.channels, (1 + c) * h + d)
         k = rows(self.last, saturated(self.activation(h))).reshape(len(y), -1, y.shape[1])
-        out = k[:, 0] + jnp.sum(k[:, 1:] * saturated(phi), axis=1)
-        image = jnp.swapaxes(out.reshape(down, across, size, size, -1), 1, 2).reshape(-1)
+        patches_out = k[:, 0] + jnp.sum(k[:, 1:] * saturated(phi), axis=1)
+        image = jnp.swapaxes(patches_out.reshape(down, across, size, size, -1), 1, 2).reshape(-1)
         return image + self.scale(e) * x
 
     def _mixed(self, layers: tuple[Dense, Dense], u: Float[Array, "rows size"]) -> Array:

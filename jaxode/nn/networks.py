@@ -214,8 +214,8 @@ class _Network(Network):
         return self._output(t, x, context), div
 
     def _output(self, t, x, context) -> Float[Array, " outputs"]:
-        out = self.weight @ x + self.bias
-        return out if self.shift is None else out + _affine(self.shift, t, context)
+        output = self.weight @ x + self.bias
+        return output if self.shift is None else output + _affine(self.shift, t, context)
 
 
 class MLP(_Network):

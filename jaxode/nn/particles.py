@@ -20,12 +20,12 @@ from jaxode.nn.base import WAVES, Dense, Network, Symmetric, draws
 
 
 class _Places(NamedTuple):
-    """Who is in the pairs and triangles of `n` particles."""
+    """Which particles are in the pairs and triangles of `n` particles."""
 
     signs: np.ndarray
     """`[pairs, n]`, with 1 and -1 for the two particles of a pair: as a product it subtracts."""
     sides: np.ndarray
-    """`[2, pairs, n-2]`, the pairs that are the other two sides of each triangle on a pair."""
+    """`[2, pairs, n-2]`: for each pair and third particle, the numbers of the other two sides."""
 
 
 @functools.cache
@@ -68,26 +68,26 @@ class _Around(eqx.Module):
     of_sides: Float[Array, "width bumps"]
     of_triangles: Float[Array, "width width"]
 
-    def seen(self, pairs: _Pairs, places: _Places) -> Float[Array, "pairs width"]:
-        bumps, ends = pairs.bumps, jnp.asarray(np.abs(places.signs), pairs.bumps.dtype)
+    def surroundings(self, pairs: _Pairs, places: _Places) -> Float[Array, "pairs width"]:
+        bumps, members = pairs.bumps, jnp.asarray(np.abs(places.signs), pairs.bumps.dtype)
         sides = bumps @ self.of_sides.T
         first, second = (sides[side] for side in places.sides)
         triangles = jnp.sum(first * second, axis=1) @ self.of_triangles.T
         all_pairs = self.of_all @ jnp.sum(bumps, axis=0)
-        return all_pairs[None] + ends @ (ends.T @ (bumps @ self.of_ends.T)) + triangles
+        return all_pairs[None] + members @ (members.T @ (bumps @ self.of_ends.T)) + triangles
 
     def change(self, pairs: _Pairs, places: _Places) -> Float[Array, "pairs width"]:
-        """The derivative of `seen` for each pair, as its two particles move by the difference."""
+        """Differentiate `surroundings` of a pair, as its two particles move by the difference."""
         difference, r, bumps, slopes = pairs
         signs = jnp.asarray(places.signs, r.dtype)
-        # The sums over the pairs of each particle, by its position. Both ends of a pair move, so
-        # what is summed over the pairs of both has its own distance twice.
+        # Differentiate the sums over the pairs of each particle by its position. Both particles of
+        # a pair move, so sums over the pairs of both contain its distance twice.
         of_distance = (slopes / r[:, None]) @ (self.of_all + self.of_ends).T
-        apart = jnp.zeros_like(of_distance)
+        by_pairs = jnp.zeros_like(of_distance)
         for along in difference.T:
-            apart += (signs @ (signs.T @ (of_distance * along[:, None]))) * along[:, None]
-        own = pairs.stretch[:, None] * (slopes @ self.of_ends.T)
-        # The derivatives of the distance of each pair, as those of another move apart.
+            by_pairs += (signs @ (signs.T @ (of_distance * along[:, None]))) * along[:, None]
+        by_distance = pairs.stretch[:, None] * (slopes @ self.of_ends.T)
+        # How fast the distance of each pair changes, as the particles of another pair move apart.
         rates = (signs @ signs.T) * (difference @ difference.T) / r[None]
         rates = [jnp.take_along_axis(rates, side, axis=1)[:, :, None] for side in places.sides]
         sides, of_sides = bumps @ self.of_sides.T, slopes @ self.of_sides.T
@@ -95,7 +95,7 @@ class _Around(eqx.Module):
             [x[s] for s in places.sides] for x in (sides, of_sides)
         )
         triangles = rates[0] * d_first * second + rates[1] * first * d_second
-        return apart + own + jnp.sum(triangles, axis=1) @ self.of_triangles.T
+        return by_pairs + by_distance + jnp.sum(triangles, axis=1) @ self.of_triangles.T
 
 
 class Particles(Symmetric):
@@ -163,15 +163,17 @@ class Particles(Symmetric):
         width = integer("width", width)
         blocks = integer("blocks", blocks, 0)
         self.context_size = integer("context_size", context_size, 0)
-        known = 2 * WAVES + self.context_size
-        ends = (width, known), (1 + bumps, width)
-        each = [(width, width)] * blocks + [(2 * width, known)] * blocks
+        encoded_size = 2 * WAVES + self.context_size
+        outside = (width, encoded_size), (1 + bumps, width)
+        shapes_of_blocks = [(width, width)] * blocks + [(2 * width, encoded_size)] * blocks
         around = [(width, size) for size in (bumps, bumps, bumps, width)] if many_body else []
-        hidden, last, *drawn = draws(check_key(key), (*ends, *each, *around))
+        hidden, last, *drawn = draws(check_key(key), (*outside, *shapes_of_blocks, *around))
         dense = tuple(map(Dense, drawn))
         self.hidden, self.last = Dense(hidden), Dense(last, 0.1)
         self.blocks, self.modulation = dense[:blocks], dense[blocks : 2 * blocks]
-        self.around = _Around(*(each.weight for each in dense[2 * blocks :])) if many_body else None
+        self.around = (
+            _Around(*(layer.weight for layer in dense[2 * blocks :])) if many_body else None
+        )
         self.center = jnp.linspace(0.0, reach, bumps)
         self.log_width = jnp.full(bumps, math.log(reach / (bumps - 1)), self.center.dtype)
         self.activation = activation
@@ -183,19 +185,21 @@ class Particles(Symmetric):
 
     def _field(self, t, x, context):
         pairs = self._pairs(x)
-        return self._summed(pairs, self._strength(t, context, pairs.bumps, self._seen(pairs)))
+        return self._summed(
+            pairs, self._strength(t, context, pairs.bumps, self._surroundings(pairs))
+        )
 
     def _closed_form(self, t, x, context):
         (n, dim), pairs = self.event_shape, self._pairs(x)
-        seen = self._seen(pairs)
-        change = jnp.zeros_like(seen)
+        surroundings = self._surroundings(pairs)
+        change = jnp.zeros_like(surroundings)
         if self.around is not None:
             change = self.around.change(pairs, _places(n))
-        phi, apart = jax.jvp(
-            lambda bumps, seen: self._strength(t, context, bumps, seen),
-            (pairs.bumps, seen), (pairs.stretch[:, None] * pairs.slopes, change),
+        phi, of_distances = jax.jvp(
+            lambda bumps, surroundings: self._strength(t, context, bumps, surroundings),
+            (pairs.bumps, surroundings), (pairs.stretch[:, None] * pairs.slopes, change),
         )  # fmt: skip
-        return self._summed(pairs, phi), jnp.sum(2 * dim * phi + apart) / n
+        return self._summed(pairs, phi), jnp.sum(2 * dim * phi + of_distances) / n
 
     def _pairs(self, x: Float[Array, " size"]) -> _Pairs:
         n = self.event_shape[0]
@@ -208,17 +212,17 @@ class Particles(Symmetric):
         bumps = jnp.exp(-0.5 * u**2)
         return _Pairs(difference, r, bumps, -u * inverse * bumps)
 
-    def _seen(self, pairs: _Pairs) -> Float[Array, "#pairs width"]:
+    def _surroundings(self, pairs: _Pairs) -> Float[Array, "#pairs width"]:
         if self.around is None:
             return jnp.zeros((1, len(self.hidden.bias)), pairs.bumps.dtype)
-        return self.around.seen(pairs, _places(self.event_shape[0]))
+        return self.around.surroundings(pairs, _places(self.event_shape[0]))
 
-    def _strength(self, t, context, bumps, seen) -> Float[Array, " pairs"]:
+    def _strength(self, t, context, bumps, surroundings) -> Float[Array, " pairs"]:
         """The factor `phi` of the difference of each pair."""
-        known = self._known(t, context)
-        h = self.hidden(known)[None] + seen
+        encoded = self._encoded(t, context)
+        h = self.hidden(encoded)[None] + surroundings
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
-            a, b = jnp.split(modulation(known)[None], 2, axis=1)
+            a, b = jnp.split(modulation(encoded)[None], 2, axis=1)
             h = h + self.activation((1 + a) * h + b) @ block.weight.T + block.bias[None]
         c = self.activation(h) @ self.last.weight.T + self.last.bias[None]
         return c[:, 0] + jnp.sum(c[:, 1:] * bumps, axis=1)

@@ -14,7 +14,7 @@ from jaxode._checks.arguments import integer
 from jaxode._checks.caller import public
 from jaxode._checks.event_shapes import as_event_shape, as_period, radius_of
 from jaxode._checks.samples import check_key
-from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, parts
+from jaxode.nn.base import WAVES, Dense, Network, draws, encoded_context, equal_parts
 
 # Activations before the output stay below this. Near the data they are below 10.
 LARGEST_ACTIVATION = 20.0
@@ -76,15 +76,15 @@ class Residual(Network):
         event = as_event_shape(event_shape)
         size = math.prod(event)
         self.period = None if period is None else as_period(period, event)
-        seen = size + sum(map(math.isfinite, self.period or ()))
+        input_size = size + sum(map(math.isfinite, self.period or ()))
         width = integer("width", width)
         blocks = integer("blocks", blocks)
         context_size = integer("context_size", context_size, 0)
-        known = 2 * WAVES + (width if context_size else 0)
-        ends = (width, seen), (size, width), (size, known)
-        each = [(width, width)] * blocks + [(2 * width, known)] * blocks
+        encoded_size = 2 * WAVES + (width if context_size else 0)
+        outside = (width, input_size), (size, width), (size, encoded_size)
+        of_blocks = [(width, width)] * blocks + [(2 * width, encoded_size)] * blocks
         encoder = [(width, context_size), (width, width)] if context_size else []
-        first, last, scale, *drawn = draws(check_key(key), (*ends, *each, *encoder))
+        first, last, scale, *drawn = draws(check_key(key), (*outside, *of_blocks, *encoder))
         dense = tuple(map(Dense, drawn))
         self.first, self.last, self.scale = Dense(first), Dense(last, 0.1), Dense(scale, 0.0)
         self.blocks, self.modulation = dense[:blocks], dense[blocks : 2 * blocks]
@@ -98,18 +98,18 @@ class Residual(Network):
 
     def _field(self, t, x, context):
         e = encoded_context(t, context, self.encoder, self.activation, x.dtype)
-        h, scale = self.first(self._seen(x)), self.scale(e)
+        h, scale = self.first(self._inputs(x)), self.scale(e)
         if self.period is not None:
             scale = jnp.where(jnp.isfinite(jnp.asarray(self.period)), 0.0, scale)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
-            a, b = parts(modulation, e, 2)
+            a, b = equal_parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
-        out = self.last(saturated(self.activation(h)))
+        output = self.last(saturated(self.activation(h)))
         if self.period is not None:  # of the size of the angles, whatever their unit
-            out = out * jnp.asarray(radius_of(self.period), x.dtype)
-        return out + scale * x
+            output = output * jnp.asarray(radius_of(self.period), x.dtype)
+        return output + scale * x
 
-    def _seen(self, x: Float[Array, " size"]) -> Float[Array, " seen"]:
+    def _inputs(self, x: Float[Array, " size"]) -> Float[Array, " inputs"]:
         """Coordinates; sine and cosine of angles."""
         if self.period is None:
             return x

@@ -58,12 +58,14 @@ class Settings(eqx.Module):
     """Factors of the running costs, which are integrated forward in time."""
 
     @classmethod
-    def of(cls, stepper: Stepper, adjoint: Any, coefficients: Float[Array, " costs"]) -> "Settings":
+    def constant(
+        cls, stepper: Stepper, adjoint: Any, coefficients: Float[Array, " costs"]
+    ) -> "Settings":
         """The settings, with constants in place of what the stepper could be differentiated by."""
         return cls(undifferentiated(stepper), adjoint, coefficients)
 
 
-class Values(NamedTuple):
+class RowValues(NamedTuple):
     """The values of the rows. One that failed with weight zero has the values of another one."""
 
     terminal: Float[Array, " batch"]
@@ -85,7 +87,7 @@ class Values(NamedTuple):
 class Outcome(NamedTuple):
     """What an objective returns beside its value, without derivatives."""
 
-    values: Values
+    values: RowValues
     stats: Stats
     """Work of the forward solve."""
     result: Int[Array, "*rows"]
@@ -99,7 +101,7 @@ def evaluate(inputs: Inputs, settings: Settings) -> tuple[Float[Array, ""], Outc
 
 
 def weighted_sum_of_rows(
-    values: Values,
+    values: RowValues,
     coefficients: Float[Array, " costs"],
     weights: Float[Array, " batch"],
     ok: Bool[Array, " rows"],
@@ -132,11 +134,11 @@ def _objective(inputs: Inputs, settings: Settings):
         nothing = jax.tree.map(lambda _: False, inputs)
         solved, quadrature = _solve(nothing, inputs, settings)
         terminal = inputs.terminal(inputs.problem.t1, solved.integration.y1, ())
-        return _outcome(inputs, settings, solved, Values(terminal, quadrature.along()))[0]
+        return _outcome(inputs, settings, solved, RowValues(terminal, quadrature.along()))[0]
 
-    def record(moved, leaves) -> Any:
+    def record(differentiated, leaves) -> Any:
         """The objective with its gradient, by which the sweep multiplies."""
-        perturbed, _ = structure.unflatten(moved)
+        perturbed, _ = structure.unflatten(differentiated)
 
         def with_gradient(inputs, settings):
             (value, outcome), bars = _outcome_and_bars(perturbed, inputs, settings)
@@ -144,8 +146,8 @@ def _objective(inputs: Inputs, settings: Settings):
 
         return _one_after_the_other(with_gradient, *structure.unflatten(leaves))
 
-    def scaled(moved, touched, leaves, gradient, bars):
-        del moved, touched, leaves
+    def scaled(differentiated, touched, leaves, gradient, bars):
+        del differentiated, touched, leaves
         return [bar * bars[0].astype(bar.dtype) for bar in gradient]
 
     return differentiable(with_sweep(run, record, scaled), run, leaves)
@@ -185,7 +187,7 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
     return solved, Quadrature(solved, apply, bars, rows_are_cheap(problem.field))
 
 
-def _outcome(inputs: Inputs, settings: Settings, solved: Solved, values: Values):
+def _outcome(inputs: Inputs, settings: Settings, solved: Solved, values: RowValues):
     """The objective with its outcome, and the part of each row."""
     objective, of_rows = weighted_sum_of_rows(
         values, settings.coefficients, inputs.weights, solved.ok, solved.masked
@@ -212,11 +214,11 @@ def _outcome_and_bars(perturbed: Inputs, inputs: Inputs, settings: Settings):
     carry = jnp.zeros_like(quadrature.bars), jnp.stack([zero] * 2), zero
     swept = Sweep(solved, quadrature.interior, quadrature.shared).run(y1_bar, carry)
     integrals, by_times, _ = swept.interior
-    out, of_rows = _outcome(inputs, settings, solved, Values(terminal, integrals))
+    outcome, of_rows = _outcome(inputs, settings, solved, RowValues(terminal, integrals))
     field_bar, args_bar, integrands_bar, integrand_args_bar = swept.params
     t0_bar, t1_bar = swept.t0 + by_times[0], swept.t1 + by_times[1]
     problem_bar = InitialValueProblem(field_bar, args_bar, swept.y, t0_bar, t1_bar, None)
     bars = Inputs(problem_bar, integrands_bar, integrand_args_bar, terminal_bar, weights=of_rows)
     valid = jnp.prod(nan_unless(solved.ok | solved.masked, swept.y.dtype))
     bars = jax.tree.map(lambda leaf: leaf * valid.astype(leaf.dtype), bars)
-    return out, eqx.filter(bars, perturbed)
+    return outcome, eqx.filter(bars, perturbed)

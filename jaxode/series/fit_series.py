@@ -95,7 +95,7 @@ def fit(
     clock = Clock(time.perf_counter())
     check_not_traced("looks at data and at the clock", ts, ys, context, key)
     ts, ys = check_series(ts, ys)
-    context, limits = check_context(context, len(ts)), Limits.of(steps, seconds)
+    context, limits = check_context(context, len(ts)), Limits.from_arguments(steps, seconds)
     check_bool("progress", progress)
     size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
     split_key, network_key, key = jax.random.split(check_key(key), 3)
@@ -108,7 +108,7 @@ def fit(
     model = Series(_with_own(network, field, jump), data.units)
     batch_size = min(SERIES_BATCH, len(part))
     source = InMemory(Rows(seen.y, (seen.dt, seen.there, given)))
-    plan = Plan(limits, batch_size, progress=progress, devices=Devices.of(mesh, batch_size))
+    plan = Plan(limits, batch_size, progress=progress, devices=Devices.from_mesh(mesh, batch_size))
     if plan.devices.several_processes:
         raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
 

@@ -122,9 +122,9 @@ def fit(
     """
     begin = time.perf_counter()
     keys = jax.random.split(check_key(key), 4)
-    limits = Limits.of(steps, seconds)
+    limits = Limits.from_arguments(steps, seconds)
     check_bool("progress", progress)
-    plan = Plan(limits, progress=progress, devices=Devices.of(mesh, Plan(limits).batch_size))
+    plan = Plan(limits, progress=progress, devices=Devices.from_mesh(mesh, Plan(limits).batch_size))
     if plan.devices.several_processes:
         raise ValueError(
             f"{arg('mesh')} must have devices of one process, since each would read its own "

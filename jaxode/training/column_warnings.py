@@ -5,12 +5,17 @@ import warnings
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxode.density.maps.whiten import WIDEST, column_list, dependent_columns, principal_axes
+from jaxode.density.maps.whiten import (
+    MOST_WHITENED_COLUMNS,
+    column_list,
+    dependent_columns,
+    principal_axes,
+)
 
 # A value is an atom if more than this part of the rows have it, and at least three; a column has
 # atoms if more than twice this part of its rows lie on them.
 ATOM_PART = 0.01
-MAX_ROWS_SEEN = 20_000  # which show atoms and dependences
+MAX_ROWS_SEEN = 20_000  # a sample that shows atoms and dependences
 
 
 def warn_of_columns(
@@ -34,7 +39,7 @@ def warn_of_columns(
             stacklevel=5,
         )
     varying = table.std(axis=0) > 0
-    if not independent or varying.sum() > WIDEST:  # of more, it would take minutes
+    if not independent or varying.sum() > MOST_WHITENED_COLUMNS:  # of more, it would take minutes
         return
     involved = columns[varying][dependent_columns(*principal_axes(table[:, varying]))]
     # Of few rows, any columns are linear combinations.

@@ -150,7 +150,9 @@ def datasets_of_members(
         largest = np.maximum(largest, np.abs(aside.x).max(axis=0))
     integers = devices.gathered((integers & has_noise)[None]).all(axis=0)
     largest = devices.gathered(largest[None]).max(axis=0)
-    noise = Dequantization.of(data.dequantize, integers, largest, floating_dtype(rows.x.dtype))
+    noise = Dequantization.on_integers(
+        data.dequantize, integers, largest, floating_dtype(rows.x.dtype)
+    )
     # Called from here, since the warnings point to the call of `fit`, five frames up.
     warn_of_columns(*_columns_to_check(density, splits[0].source, integers))
 

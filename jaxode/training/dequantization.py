@@ -13,7 +13,7 @@ from jaxode.density.noise import NOISES, Noise, as_noise, in_cells, log_density
 from jaxode.training.files import consecutive_parts
 from jaxode.training.sources import Rows
 
-MAX_INTEGER_SPACING = 1 / 8  # of dequantized integers in their dtype
+MAX_INTEGER_SPACING = 1 / 8  # of the dtype at the largest integer, or noise would be rounded
 
 
 class RowNoise(Protocol):
@@ -42,7 +42,7 @@ class Dequantization:
     kind: Noise = NOISES[0]
 
     @classmethod
-    def of(
+    def on_integers(
         cls,
         dequantize: bool | Noise,
         integers: Bool[np.ndarray, " *event"],
@@ -51,7 +51,7 @@ class Dequantization:
     ) -> "Dequantization":
         """Noise on columns of integers of these largest sizes.
 
-        Columns beside which noise in (0, 1) is lost get none, with a warning.
+        Columns of so large integers that noise in (0, 1) is lost get none, with a warning.
         """
         kind = noise_kind(dequantize)
         if not isinstance(kind, str) and integers.any():
@@ -101,6 +101,6 @@ def is_integer(columns: np.ndarray) -> Bool[np.ndarray, " *event"]:
 
 def scanned(x: Any) -> tuple[Bool[np.ndarray, " *event"], np.ndarray]:
     """Which columns hold integers alone, and the largest size of each column."""
-    found = [(is_integer(part), np.abs(part).max(axis=0)) for part in consecutive_parts(x)]
-    integers, largest = zip(*found, strict=True)
+    of_parts = [(is_integer(part), np.abs(part).max(axis=0)) for part in consecutive_parts(x)]
+    integers, largest = zip(*of_parts, strict=True)
     return np.logical_and.reduce(integers), np.maximum.reduce(largest)

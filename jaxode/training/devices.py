@@ -15,7 +15,7 @@ from jaxode._checks.caller import arg
 from jaxode._jax.sharding import on_all, split_over
 
 T = TypeVar("T")
-MAX_DESCRIPTION_BYTES = 512  # that processes compare
+MAX_DESCRIPTION_BYTES = 512  # of what processes compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Devices:
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, mesh: Any, batch_size: int) -> "Devices":
+    def from_mesh(cls, mesh: Any, batch_size: int) -> "Devices":
         """Check that a batch can be split over the devices of a mesh."""
         if mesh is None:
             return cls()
@@ -38,10 +38,10 @@ class Devices:
                 'jax.sharding.Mesh(jax.devices(), "batch").'
             )
         if batch_size % mesh.size:
-            near = max(batch_size // mesh.size, 1) * mesh.size
+            nearest = max(batch_size // mesh.size, 1) * mesh.size
             raise ValueError(
                 f"{arg('mesh')} must have a number of devices that divides the {batch_size} rows "
-                f"of a batch; got {mesh.size}. Pass batch_size={near}."
+                f"of a batch; got {mesh.size}. Pass batch_size={nearest}."
             )
         return cls(Mesh(mesh.devices, mesh.axis_names))  # without types of its axes
 
@@ -85,14 +85,14 @@ class Devices:
         few = int(gather(np.array([len(jax.tree.leaves(rows)[0])])).min())
         return jax.tree.map(lambda leaf: np.asarray(gather(np.asarray(leaf)[:few])), rows)
 
-    def check_alike(self, given: str) -> None:
+    def check_alike(self, arguments: str) -> None:
         """Raise in all processes unless they describe their arguments in the same words."""
         if not self.several_processes:
             return
         from jax.experimental import multihost_utils
 
         length = MAX_DESCRIPTION_BYTES
-        description = np.frombuffer(given.encode()[:length].ljust(length), np.uint8)
+        description = np.frombuffer(arguments.encode()[:length].ljust(length), np.uint8)
         every = np.asarray(multihost_utils.process_allgather(description))
         texts = [bytes(row).decode(errors="replace").strip() for row in every]
         if len(set(texts)) > 1:

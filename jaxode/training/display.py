@@ -2,7 +2,7 @@
 
 import sys
 
-LINE_CHARACTERS = 100  # which cover the line before
+LINE_CHARACTERS = 100  # to which a line is filled up, to cover the one before
 
 
 def show(text: str, *, look: bool = True) -> None:
@@ -20,5 +20,5 @@ def finish() -> None:
 
 
 def described(phase: str, steps: str, nats: float, best: float) -> str:
-    """What a look at the validation rows found: their mean negative log-density, and the best."""
+    """The text of a validation: its mean negative log-density, and the best one so far."""
     return f"{phase}: step {steps}, validation loss {nats:.3f} nats, best {best:.3f}"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-# Of more rows, steps read theirs from the table, which is not copied, and maps see a sample.
+# A table with more rows is not copied: steps read their rows from it, and maps see a sample.
 MAX_ROWS_COPIED = 100_000
 
 
@@ -17,7 +17,7 @@ class Without:
 
     array: Any
     aside: Int[np.ndarray, " some"]
-    """In order."""
+    """The numbers of these rows, in increasing order."""
     dtype: Any
     """The dtype of the rows that are read."""
 
@@ -29,7 +29,7 @@ class Without:
         return (len(self), *self.array.shape[1:])
 
     def __getitem__(self, rows: Int[np.ndarray, " drawn"]) -> np.ndarray:
-        """A copy of rows, by their number among those that are left."""
+        """Copy rows, which are numbered without those that are left out."""
         before = self.aside - np.arange(len(self.aside))
         at = rows + np.searchsorted(before, rows, side="right")
         return np.asarray(self.array[at], self.dtype)

@@ -52,11 +52,15 @@ from jaxode.training.loop import (
 )
 from jaxode.training.trials import Candidates, powers_to_try, take_turns
 
-MATCHING_RATE, LIKELIHOOD_RATE = 8e-3, 5e-4  # of Adam
+MATCHING_RATE = 8e-3  # of Adam
+LIKELIHOOD_RATE = 5e-4  # of Adam
 MAX_GRADIENT_NORM = 1.0  # of all parameters, to which gradients are clipped
-WEIGHT_DECAY = 0.3  # in matching, of at most so many rows, and so many for each column
-FEW_ROWS, FEW_ROWS_PER_COLUMN = 2000, 100
-WARM_UP_STEPS = 100  # of matching
+# Matching decays the weights of matrices if there are few rows: at most so many, and so many for
+# each column.
+MATCHING_WEIGHT_DECAY = 0.3
+MOST_ROWS_WITH_DECAY = 2000
+MOST_ROWS_PER_COLUMN_WITH_DECAY = 100
+MATCHING_WARM_UP_STEPS = 100
 
 
 @public("fit")
@@ -163,12 +167,12 @@ def fit(
     data = None if is_stream(x) else x
     check_not_traced("looks at data and at the clock", density, data, context, key)
     aside_key, *keys = jax.random.split(check_key(key), 6)
-    limits = Limits.of(steps, seconds)
+    limits = Limits.from_arguments(steps, seconds)
     check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
     _check_optimizer(optimizer)
-    devices = Devices.of(mesh, batch_size)
+    devices = Devices.from_mesh(mesh, batch_size)
     powers = powers_to_try(math.prod(density.event_shape))
     if time_power is not None:
         check_number("time_power", time_power, POSITIVE)
@@ -186,11 +190,11 @@ def fit(
 
 
 class Keys(NamedTuple):
-    """Keys of a training, each of what it draws."""
+    """The keys of a training, by what they draw."""
 
     validation_noise: PRNGKeyArray
     noise: PRNGKeyArray
-    """Of rows that a map is fitted to."""
+    """Noise of the rows that a map is fitted to."""
     matching: PRNGKeyArray
     validation: PRNGKeyArray
     """Probes of the divergence."""
@@ -220,7 +224,7 @@ def train(
     Returns:
         The best density and its validations.
     """
-    first, *others = members_of(density.params)
+    first, *other_networks = members_of(density.params)
     density = _knowing_contexts(density, datasets[0].validation.context)
     flow = dataclasses.replace(density.flow, throw=False)
     phases = _matching_phases(flow, datasets[0].source.count, plan, keys.matching)
@@ -235,7 +239,7 @@ def train(
         evaluate = evaluation(
             density, in_flow, log_det, keys.validation, plan.devices, dataset.weights
         )
-        label = f" of network {number + 1}" if others else ""
+        label = f" of network {number + 1}" if other_networks else ""
         return Training(density, dataset.source, take, evaluate, plan, clock, label)
 
     with contextlib.ExitStack() as stack:
@@ -246,7 +250,7 @@ def train(
         with _keeping_the_best(candidates, plan):
             chosen = candidates.choose(maps, max(len(fits) - 1, 0))
             runs = candidates.runs
-            for number, network in enumerate(others, 1):
+            for number, network in enumerate(other_networks, 1):
                 runs.append(start(chosen.density.with_params(network), number))
             take_turns(runs, chosen.phase or phases[0], plan.limits)
             if plan.likelihood:
@@ -295,8 +299,8 @@ def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, 
             "for that. Check the data for outliers, or tighten rtol and atol of the flow."
         )
     if explosions := [point for run in runs for point in run.explosions]:
-        first, *others = explosions
-        often = f"{len(explosions)} times, first" if others else "once,"
+        first, *further = explosions
+        often = f"{len(explosions)} times, first" if further else "once,"
         warnings.warn(
             f"fit: training exploded {often} at step {first.step} of {first.phase}, to "
             f"{first.nats:.3g} nats of the validation rows. It went on from the best parameters "
@@ -305,7 +309,7 @@ def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, 
         )
     limits, clock = plan.limits, runs[0].clock
     taken = min(map(_steps_of_matching, runs))
-    if taken < min(WARM_UP_STEPS, limits.steps) and clock.spent >= limits.seconds:
+    if taken < min(MATCHING_WARM_UP_STEPS, limits.steps) and clock.spent >= limits.seconds:
         warnings.warn(
             f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
             "time. Pass more seconds, or steps=.",
@@ -321,28 +325,36 @@ def _steps_of_matching(run: Training) -> int:
 
 
 def _together(points: list[list[Point]]) -> list[Point]:
-    """The validations of all networks in order, with the mean of what each had last."""
+    """The validations of all networks in order, each as the mean of the latest ones."""
     if len(points) == 1:
         return points[0]
-    last, found = {}, []
-    by_time = sorted((one.seconds, i, one) for i, each in enumerate(points) for one in each)
-    for _, i, one in by_time:
-        last[i] = one.nats
+    last, together = {}, []
+    by_time = sorted(
+        (point.seconds, i, point)
+        for i, points_of_network in enumerate(points)
+        for point in points_of_network
+    )
+    for _, i, point in by_time:
+        last[i] = point.nats
         if len(last) == len(points):
-            found.append(one._replace(nats=sum(last.values()) / len(last)))
-    return found
+            together.append(point._replace(nats=sum(last.values()) / len(last)))
+    return together
 
 
 def _matching_phases(flow: CNF, rows: int, plan: Plan, key: PRNGKeyArray) -> list[Phase]:
     """Matching at each power of the time."""
     optimizer, as_vector = plan.optimizer, False
     if optimizer is None:
-        few = min(FEW_ROWS, FEW_ROWS_PER_COLUMN * math.prod(flow.base.event_shape))
-        as_vector = rows > few
-        optimizer = adam(MATCHING_RATE, 0.0 if as_vector else WEIGHT_DECAY)  # of matrices alone
+        columns = math.prod(flow.base.event_shape)
+        few = min(MOST_ROWS_WITH_DECAY, MOST_ROWS_PER_COLUMN_WITH_DECAY * columns)
+        as_vector = rows > few  # only the decay needs to tell matrices from other parameters
+        optimizer = adam(MATCHING_RATE, 0.0 if as_vector else MATCHING_WEIGHT_DECAY)
     # The power of the time is an input of the program, which is then the same for all.
     losses = [Partial(_matching, flow, plan.coupling, jnp.asarray(power)) for power in plan.powers]
-    return [Phase("matching", loss, optimizer, key, WARM_UP_STEPS, as_vector) for loss in losses]
+    return [
+        Phase("matching", loss, optimizer, key, MATCHING_WARM_UP_STEPS, as_vector)
+        for loss in losses
+    ]
 
 
 def _likelihood_phase(flow: CNF, key: PRNGKeyArray) -> Phase:
@@ -385,7 +397,7 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _knowing_contexts(density: Density, context: PyTree) -> Density:
-    """The density with the shapes of contexts, on one of which periods are checked."""
+    """The density with the shapes of contexts. Check periods of the field at the first context."""
     if context is None:
         return density
     shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(context))
@@ -400,8 +412,8 @@ def _knowing_contexts(density: Density, context: PyTree) -> Density:
 def _trainable(density: Density) -> Density:
     """The density with Python's numbers among its parameters as arrays."""
 
-    # With a dtype of their own: the first step would give weakly typed ones another type, and so
-    # compile the program again.
+    # A strong dtype: the first step would change that of a weakly typed array, and so compile the
+    # program again.
     def as_array(leaf):
         return jnp.asarray(leaf, float) if isinstance(leaf, float) else leaf
 

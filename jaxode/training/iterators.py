@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxode._checks.caller import arg
 
-HEAD_ROWS = 20_000  # that maps are fitted to, and warnings come from
+HEAD_ROWS = 20_000  # the first rows: maps are fitted to them, and warnings come from them
 
 
 class NoRowsLeftError(Exception):
@@ -19,7 +19,7 @@ class NoRowsLeftError(Exception):
 
 
 def is_stream(x: Any) -> bool:
-    """Whether `x` gives arrays of rows one after the other, and is none itself."""
+    """Whether `x` gives arrays of rows one after the other, and is no array itself."""
     if isinstance(x, list | tuple):
         first = x[0] if x else None
         if isinstance(first, list | tuple) and len(first) in (1, 2):
@@ -53,8 +53,8 @@ class Stream:
         from concurrent.futures import ThreadPoolExecutor  # `import jaxode` does not load it
 
         self.reader = ThreadPoolExecutor(1)
-        self.waiting = None  # rows that are left over
-        self.ahead = None  # of the thread
+        self.waiting = None  # rows that were read and not taken
+        self.ahead = None  # the arrays that the thread reads
         self.head = self.waiting = self._joined(self._more(HEAD_ROWS, False))
         if self.head is None:
             raise ValueError(f"{arg('x')} must give arrays of rows; got an iterable without any.")
@@ -81,7 +81,7 @@ class Stream:
 
     def _more(self, count: int, again: bool) -> list[Any]:
         """Arrays with at least so many rows, or fewer at the end."""
-        found, started = [], False
+        arrays, started = [], False
         while count > 0:
             array = next(self.iterator, None)
             if array is None:
@@ -89,13 +89,13 @@ class Stream:
                     break
                 self.iterator, started = iter(self.arrays), True
                 continue
-            found.append(array)
+            arrays.append(array)
             x = array[0] if isinstance(array, list | tuple) and array else array
             if not np.ndim(x) or not len(x):
                 break  # no array of rows, or none in it, which the check says
             count -= len(x)
             started = False
-        return found
+        return arrays
 
     def _joined(self, arrays: list[Any], before: Any = None) -> Any:
         """The rows of arrays, checked, after those before them."""

@@ -31,24 +31,28 @@ from jaxode.training.display import described, show
 from jaxode.training.sources import Rows, Source
 
 MIN_AVERAGE_WEIGHT = 0.002  # of a step in the moving average of the parameters
-# Steps at one rate, between two checks of the limits, and seconds of a part of them: a program.
-STEPS_PER_BLOCK, SECONDS_PER_PROGRAM = 50, 1.0
-# The first validation is due after so many passes over the rows, within these bounds.
-FIRST_VALIDATION_PASSES, FIRST_VALIDATION_STEPS = 64, (100, 500)
+STEPS_PER_BLOCK = 50  # at one rate, between two checks of the limits
+SECONDS_PER_PROGRAM = 1.0  # split a block of steps that takes longer
+FIRST_VALIDATION_PASSES = 64  # over the rows, after which the first validation is due
+FIRST_VALIDATION_STEPS = 100, 500  # bounds of the step of the first validation
 VALIDATION_STEP_RATIO = 1.3  # of the steps at one validation to those at the last one
 # If time is limited, a validation is due after so many seconds, and none before so many times as
 # long as one takes.
-SECONDS_PER_VALIDATION, VALIDATION_TIME_RATIO = 10.0, 4.0
+SECONDS_PER_VALIDATION = 10.0
+VALIDATION_TIME_RATIO = 4.0
 SECONDS_PER_LINE = 1.0  # of progress, between validations
-# Training ends early after so many validations that are so much worse than the best. Those of the
-# first steps do not count.
-PATIENCE_VALIDATIONS, WORSE_NATS, UNCOUNTED_STEPS = 5, 0.02, 1000
+# Training ends early after so many validations in a row that are so much worse than the best. Those
+# of the first steps do not count.
+PATIENCE_VALIDATIONS = 5
+WORSE_NATS = 0.02
+UNCOUNTED_STEPS = 1000
 # Training has exploded if a validation is worse by the larger of both. The rate then shrinks.
-EXPLOSION_NATS, EXPLOSION_NATS_PER_COLUMN = 100.0, 10.0
+EXPLOSION_NATS = 100.0
+EXPLOSION_NATS_PER_COLUMN = 10.0
 EXPLOSION_RATE_FACTOR = 0.25
 DEFAULT_SECONDS = 60.0  # of training, if it has no limit
-MAX_EXACT_DIMENSIONS = 16  # of validations with the exact trace
-VALIDATION_TOLERANCE = 1e-3  # at least
+MAX_EXACT_DIMENSIONS = 16  # up to which validations take the exact trace
+VALIDATION_TOLERANCE = 1e-3  # validations are solved at this, or at the flow's if that is looser
 
 
 class Point(NamedTuple):
@@ -89,8 +93,8 @@ class Limits(NamedTuple):
     """Seconds of training, summed over candidates."""
 
     @classmethod
-    def of(cls, steps: Any, seconds: Any) -> "Limits":
-        """Those that are given, or a minute."""
+    def from_arguments(cls, steps: Any, seconds: Any) -> "Limits":
+        """The limits of the user, or a minute."""
         if seconds is None and steps is None:
             seconds = DEFAULT_SECONDS
         return cls(
@@ -170,7 +174,7 @@ class Program(NamedTuple):
 
 @compiled
 def advance(program: Program, state: TrainingState, rates, rows: Rows, key, steps):
-    """The state after steps from one number to another, each with a key of its own."""
+    """Take the steps from one number to another, each with its own key. Returns the state after."""
     take = functools.partial(_take_steps, program)
     # Each of several processes has rows of its own.
     split = (2,) if program.devices.several_processes else ()
@@ -178,7 +182,7 @@ def advance(program: Program, state: TrainingState, rates, rows: Rows, key, step
 
 
 def _rows_of_step(program: Program, axes, rows: Rows, i, key):
-    """The places of the rows that this device takes in step `i`."""
+    """The numbers of the rows that this device uses in step `i`."""
     if program.in_order:
         # Less than a batch, if the device has rows of its own.
         count = len(rows.x) // STEPS_PER_BLOCK
@@ -220,8 +224,10 @@ def _take_steps(program: Program, axes, state: TrainingState, rates, rows: Rows,
         of_loss = {"value": value, "grad": gradient, "value_fn": of_arrays}
         ascent = jax.tree.map(jnp.conj, gradient)  # that of a complex parameter
         updates, inner = update(ascent, state.optimizer, state.arrays, **of_loss)
-        now = rate * jnp.minimum(1.0, (state.count + 1) / warm_up)
-        arrays = jax.tree.map(lambda a, u: a + now.astype(a.dtype) * u, state.arrays, updates)
+        rate_of_step = rate * jnp.minimum(1.0, (state.count + 1) / warm_up)
+        arrays = jax.tree.map(
+            lambda a, u: a + rate_of_step.astype(a.dtype) * u, state.arrays, updates
+        )
         # The mean of the last tenth of the steps, at most of the last 500.
         weight = jnp.maximum(MIN_AVERAGE_WEIGHT, 10 / (10 + state.count))
 
@@ -274,14 +280,14 @@ def evaluation(
 
 
 def _for_validation(divergence: Divergence, event: tuple[int, ...]) -> Divergence:
-    """Exact in few dimensions, and cheap in many, where `exact()` asks for no closed form."""
+    """The divergence of validations: exact in few dimensions, and cheap in many."""
     few = math.prod(event) <= MAX_EXACT_DIMENSIONS
     return divergence.without_noise(event) if few else divergence.cheap(event)
 
 
 @dataclasses.dataclass
 class Training:
-    """Parameters in training, and the best that the validation rows have seen."""
+    """Parameters in training, and the best ones by the validation rows."""
 
     density: Any
     """The start of the training: a `Density`, or a model with its `params`, `with_params` and
@@ -293,7 +299,7 @@ class Training:
     plan: Plan
     clock: Clock
     label: str = ""
-    """Tells a network from others in messages."""
+    """Names the network in messages, if there are several."""
 
     def __post_init__(self):
         self.best, self.best_nll = self.density, math.inf
@@ -310,9 +316,10 @@ class Training:
         self.points: list[Point] = []
         self.explosions: list[Point] = []
         self.phase: Any = None
-        self.blocks = 0  # so far, also of those that were taken back
+        self.blocks = 0  # so far, including those that training went back over
         self.used = STEPS_PER_BLOCK  # steps that have drawn from the rows at hand
-        self.data_seconds = self.validation_seconds = 0.0  # that the last of them took
+        # Seconds that the last reading of rows and the last validation took.
+        self.data_seconds = self.validation_seconds = 0.0
 
     def start(self, phase: Phase) -> None:
         """Begin a phase from the best parameters."""
@@ -330,7 +337,7 @@ class Training:
             phase.loss, phase.optimizer, self.plan.batch_size, static, unravel, self.devices,
             self.source.in_order,
         )  # fmt: skip
-        # Together, since Ctrl-C validates the state.
+        # Set together, since Ctrl-C may come between, and validates the state.
         self.phase, self.program, self.state = phase, program, state
         self.step, self.num_worse, self.resumed_at, self.remaining, self.rate = 0, 0, None, 1.0, 1.0
         self.kept, before = (self.step, self.state, self.remaining), self.clock.spent
@@ -429,7 +436,7 @@ class Training:
         return min(of_steps, of_time)
 
     def validate_again(self) -> None:
-        """Validate what came after the last validation."""
+        """Validate unless no step was taken since the last validation."""
         if self.points and self.points[-1].step != self.step:
             self.validate()
             self.tell()
@@ -459,7 +466,7 @@ class Training:
             self.rate *= EXPLOSION_RATE_FACTOR
 
     def tell(self, *, look: bool = True) -> None:
-        """Say how far training is, at a look at the validation rows or between two."""
+        """Show how far training is, after a validation (`look`) or between two."""
         limits, clock = self.limits, self.clock
         steps = f"{self.step}" if limits.steps == math.inf else f"{self.step} of {limits.steps}"
         text = described(self.phase.name + self.label, steps, self.points[-1].nats, self.best_nll)

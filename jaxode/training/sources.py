@@ -36,7 +36,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def sample(self, count: int) -> Any:
-        """Rows that stand for those of all processes: all in memory, or at most `count` of others.
+        """Rows that represent those of all processes: all, if in memory, or at most `count`.
 
         Their contexts may be left out.
         """
@@ -56,11 +56,11 @@ class Source(abc.ABC):
 
 def drawn_by(weights: np.ndarray, key: PRNGKeyArray, count: int) -> np.ndarray:
     """Numbers of `count` rows, drawn in proportion to their weights."""
-    ends = np.cumsum(np.asarray(weights, float))
+    cumulative = np.cumsum(np.asarray(weights, float))
     seed = np.asarray(jax.random.key_data(key))
-    levels = np.random.default_rng(seed).random(count) * ends[-1]
-    last = np.flatnonzero(weights)[-1]  # to which rounding may add
-    return np.minimum(np.searchsorted(ends, levels, side="right"), last)
+    levels = np.random.default_rng(seed).random(count) * cumulative[-1]
+    last = np.flatnonzero(weights)[-1]  # rounding may lead beyond it
+    return np.minimum(np.searchsorted(cumulative, levels, side="right"), last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class InMemory(Source):
     exact: bool = False
     """Whether `take` gives `count` rows even if there are fewer: shapes of all processes agree."""
     weights: np.ndarray | None = None
-    """`[rows]`, in proportion to which they are drawn; equally by default."""
+    """Weights `[rows]`: rows are drawn in proportion to them, or equally by default."""
 
     @property
     def count(self) -> int:
@@ -115,7 +115,7 @@ class FromIterable(Source):
 
     stream: Stream
     first: Source
-    """The rows that were read at first, which are given again."""
+    """The rows that were read first. The stream gives them again."""
 
     @property
     def in_order(self) -> bool:
@@ -139,24 +139,24 @@ class FromIterable(Source):
 
 @dataclasses.dataclass(frozen=True)
 class Share(Source):
-    """The rows of this process beside those of others. Each gives as many to a step."""
+    """The rows of this process, one of several. Each process gives as many rows to a step."""
 
-    own: Source
+    source: Source
     devices: Devices
 
     @property
     def in_order(self) -> bool:
-        return self.own.in_order
+        return self.source.in_order
 
     @property
     def count(self) -> int:
-        return int(self.devices.gathered(np.array([self.own.count])).sum())
+        return int(self.devices.gathered(np.array([self.source.count])).sum())
 
     def sample(self, count: int) -> Any:
-        return self.devices.gathered(self.own.sample(count))
+        return self.devices.gathered(self.source.sample(count))
 
     def take(self, key: PRNGKeyArray, count: int) -> Any:
-        return self.own.take(key, count // jax.process_count())
+        return self.source.take(key, count // jax.process_count())
 
     def close(self) -> None:
-        self.own.close()
+        self.source.close()

@@ -9,36 +9,39 @@ import jax
 from jaxode.density.density import Density
 from jaxode.training.loop import STEPS_PER_BLOCK, Limits, Phase, Training
 
-# Powers of the time in `matching_loss`. In few dimensions, only the first one is tried.
-TIME_POWERS, MAX_DIMENSIONS_OF_ONE_POWER = (2.0, 1.0), 16
-# Rounds of a trial. A round takes a part of the training, but at least so many steps, or four such
-# parts. Trials that leave fewer than `MIN_REMAINING_STEPS` are left out.
-ROUNDS, ROUND_PART, MIN_ROUND_STEPS, MIN_REMAINING_STEPS = 2, 0.025, 250, 1000
-BEHIND_NATS = 0.2  # by which a map is out after a round
-CLEARLY_BETTER_NATS = 0.2  # by which uniform times must be better
+TIME_POWERS = 2.0, 1.0  # of `matching_loss`, in the order in which they are tried
+MAX_DIMENSIONS_OF_ONE_POWER = 16  # up to which only the first power is tried
+TRIAL_ROUNDS = 2
+# A round takes this part of the training, but at least so many steps, or four such parts if these
+# are fewer.
+ROUND_PART = 0.025
+MIN_ROUND_STEPS = 250
+MIN_REMAINING_STEPS = 1000  # a trial that leaves fewer to the training itself is left out
+BEHIND_NATS = 0.2  # drop maps that are so far behind the best after a round
+CLEARLY_BETTER_NATS = 0.2  # take uniform times if they are better by this
 
 
 def powers_to_try(columns: int) -> tuple[float, ...]:
-    """Powers of the time, of which trials choose one."""
+    """The powers of the time among which trials choose."""
     return TIME_POWERS if columns > MAX_DIMENSIONS_OF_ONE_POWER else TIME_POWERS[:1]
 
 
 def take_turns(runs: list[Training], phase: Phase, limits: Limits) -> None:
-    """Train all of them up to the limits, a block of steps each at a time, and validate."""
+    """Train all runs up to the limits, in turns of a block of steps, and validate them."""
     keys = jax.random.split(phase.key, len(runs))[1:]
     phases = [phase, *(phase._replace(key=key) for key in keys)]
     going = list(zip(runs, phases, strict=True))
     while going:
-        for run, own in going:
-            run.train(own, limits, STEPS_PER_BLOCK if len(going) > 1 else math.inf)
-        going = [(run, own) for run, own in going if not run.ended]
+        for run, phase_of_run in going:
+            run.train(phase_of_run, limits, STEPS_PER_BLOCK if len(going) > 1 else math.inf)
+        going = [(run, phase_of_run) for run, phase_of_run in going if not run.ended]
     for run in runs:
         run.validate_again()
 
 
 @dataclasses.dataclass
 class Candidates:
-    """Trainings that compete. Trials leave one."""
+    """Trainings that compete in trials, until one is left."""
 
     runs: list[Training]
     start: Callable[[Density], Training]
@@ -49,41 +52,41 @@ class Candidates:
 
     @property
     def best(self) -> Training:
-        """The one with the best validation."""
+        """The training with the best validation."""
         return min(self.runs, key=lambda run: run.best_nll)
 
-    def choose(self, others: Iterator[Density], count: int) -> Training:
-        """Try the first map against `count` others, then the powers of the time."""
+    def choose(self, other_maps: Iterator[Density], count: int) -> Training:
+        """Try the first map against `count` other maps, then the powers of the time."""
         powers = len(self.phases) - 1
         if self.limits.seconds < math.inf and (count or powers):
-            # To know how long steps and validations take.
+            # Measure how long steps and validations take.
             self._advance(self.runs[0], self.phases[0], STEPS_PER_BLOCK)
         if steps := self._round_steps(count):
-            self._try_maps(map(self.start, others), steps)
+            self._try_maps(map(self.start, other_maps), steps)
         if steps := self._round_steps(powers):
             self._try_powers(steps)
         (run,) = self.runs
         return run
 
     def validate(self) -> None:
-        """Validate what came after the last validation of each."""
+        """Validate the steps of each run since its last validation."""
         for run in self.runs:
             run.validate_again()
 
-    def _round_steps(self, others: int) -> int:
+    def _round_steps(self, rivals: int) -> int:
         """Steps of a round, or zero if the trial leaves too few to the training itself."""
         (run,) = self.runs
         in_time = run.clock.steps_remaining(self.limits)
         total = min(self.limits.steps, in_time)
         steps = int(max(ROUND_PART * total, min(MIN_ROUND_STEPS, 4 * ROUND_PART * total)))
-        validations = ROUNDS * (others + 1) * run.validation_seconds / run.clock.step
-        left = min(self.limits.steps, in_time - ROUNDS * steps * others - validations)
-        return steps if others and left >= MIN_REMAINING_STEPS else 0
+        validations = TRIAL_ROUNDS * (rivals + 1) * run.validation_seconds / run.clock.step
+        left = min(self.limits.steps, in_time - TRIAL_ROUNDS * steps * rivals - validations)
+        return steps if rivals and left >= MIN_REMAINING_STEPS else 0
 
-    def _try_maps(self, others: Iterable[Training], steps: int) -> None:
+    def _try_maps(self, rivals: Iterable[Training], steps: int) -> None:
         """Leave the best of all maps after rounds of so many steps."""
-        self.runs += others
-        for i in range(1, ROUNDS + 1):
+        self.runs += rivals
+        for i in range(1, TRIAL_ROUNDS + 1):
             for run in self.runs:
                 self._advance(run, self.phases[0], i * steps)
             enough = self.best.best_nll + BEHIND_NATS
@@ -96,7 +99,7 @@ class Candidates:
         """Leave the first power, unless the other one is clearly better."""
         self.runs.append(self.start(self.runs[0].density))
         for run, phase in zip(self.runs, self.phases, strict=True):
-            self._advance(run, phase, ROUNDS * steps)
+            self._advance(run, phase, TRIAL_ROUNDS * steps)
         first, second = self.runs
         # Early on uniform times often look a little better, and are worse later.
         del self.runs[0 if second.best_nll < first.best_nll - CLEARLY_BETTER_NATS else 1]

@@ -96,7 +96,7 @@ def test_each_context_is_seen_once():
 
 
 def test_many_contexts_are_embedded_in_parts(monkeypatch):
-    monkeypatch.setattr(embedding, "MOST_ROWS", 2)
+    monkeypatch.setattr(embedding, "MOST_EMBEDDED_ROWS", 2)
     _, vectors = embedding.embedded(embedding.Embedded(None, Mean(FACTOR)), SETS)
     np.testing.assert_allclose(vectors, VECTORS, rtol=1e-12)
 

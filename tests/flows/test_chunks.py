@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, temporary_bytes, trained, with_slow
 
 import jaxode
-from jaxode.flows.chunks import LEAST_ROWS, MOST_ROWS, Chunks
+from jaxode.flows.chunks import LEAST_CHUNK_ROWS, MOST_CHUNK_ROWS, Chunks
 
 KEY = jax.random.key(0)
 BASE = jaxode.standard_normal(2)
@@ -105,7 +105,8 @@ def test_progress_is_told_on_stderr(capsys):
 
 
 @pytest.mark.parametrize(
-    ("weights", "size"), [(0, MOST_ROWS), (10, MOST_ROWS), (20_000, 1677), (10_000_000, LEAST_ROWS)]
+    ("weights", "size"),
+    [(0, MOST_CHUNK_ROWS), (10, MOST_CHUNK_ROWS), (20_000, 1677), (10_000_000, LEAST_CHUNK_ROWS)],
 )
 def test_a_size_that_is_not_given_depends_on_the_network(weights, size):
     params = {"weights": jnp.zeros(weights), "activation": jnp.tanh}

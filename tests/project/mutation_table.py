@@ -370,7 +370,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A network sees a context once for each sample.
     ("density/contexts.py", "or context is None or self.shapes is None:", "or True:"),
     # The gradient of a set with gaps is NaN.
-    ("nn/deep_set.py", "x = jnp.where(there[:, None], points, 0.0)", "x = points"),
+    ("nn/deep_set.py", "x = jnp.where(present[:, None], points, 0.0)", "x = points"),
     # A point of which some numbers are missing counts.
     ("nn/deep_set.py", "jnp.isnan(points).any(axis=1)", "jnp.isnan(points).all(axis=1)"),
     # Squares of points far away overflow in float32.
@@ -410,7 +410,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("flows/integrands.py", "jnp.sum(score * dz) + SCORE * div", "jnp.sum(score * dz) + div"),
     # Rows of a large batch come back in another order.
     ("flows/chunks.py", "leaf.swapaxes(0, 1).reshape(-1, *", "leaf.reshape(-1, *"),
-    ("flows/centered.py", "div - jnp.trace(moved(jnp.zeros_like(z[0])))", "div"),
+    ("flows/centered.py", "div - jnp.trace(by_shift(jnp.zeros_like(z[0])))", "div"),
     # Running costs are negative.
     ("ode/quadrature.py", "[jnp.abs(weight)] * (count - 1)", "[weight] * (count - 1)"),
     # A row of weight zero that ends where the base has no density makes the loss NaN.
@@ -436,7 +436,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A mirror image is off by one site.
     ("nn/lattice.py", "np.minimum(places, sizes - places)",
      "np.minimum(places, sizes - 1 - places)"),
-    ("nn/particles.py", "return apart + own + ", "return apart - own + "),
+    ("nn/particles.py", "return by_pairs + by_distance + ", "return by_pairs - by_distance + "),
     # Transposed samples pass.
     ("nn/base.py", "return shape in (self._shape, (size,))", "return math.prod(shape) == size"),
     # Samples far from the data overflow.

@@ -99,7 +99,7 @@ def minimized(loss, params, optimizer=FAST, *, steps=STEPS, x=BENT, as_vector=Fa
     """A training of parameters by the loop on any `loss(params, x, context, key)` of 64 rows."""
     rows = Rows(jnp.asarray(x, jnp.float32), None)
     value = jax.jit(lambda params: loss(params, rows.x, None, jax.random.key(0)))
-    devices = Devices.of(mesh, 64)
+    devices = Devices.from_mesh(mesh, 64)
     plan = loop.Plan(loop.Limits(steps), 64, progress=False, devices=devices)
     run = loop.Training(
         Model(params), InMemory(rows), lambda key: rows, lambda params: float(value(params)),

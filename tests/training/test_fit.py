@@ -136,7 +136,7 @@ def test_weights_decay_at_few_rows(rows, few, decayed, monkeypatch):
 
     Where nothing decays, the optimizer gets all parameters as one vector.
     """
-    monkeypatch.setattr(fit_module, "FEW_ROWS", few)
+    monkeypatch.setattr(fit_module, "MOST_ROWS_WITH_DECAY", few)
     phase, shapes = matching(rows), {"constant": (2, 2), "matrix": (2, 2), "vector": (2,)}
     assert phase.as_vector == (not decayed)
     start = {name: jnp.ones(shape) for name, shape in (shapes | {"drift": (2,)}).items()}

@@ -7,6 +7,6 @@ from jaxode.density.maps import affine, box, normal, of_distrax, of_numpyro, whi
 # Functions that fit a map of columns, and the most columns for which `jaxode.fit` tries it. The
 # first, a Gaussian at the start, is often best. The last says what is wrong with data that no map
 # fits.
-FITS = (whiten.fit, whiten.WIDEST), (normal.fit, math.inf), (affine.fit, math.inf)
+FITS = (whiten.fit, whiten.MOST_WHITENED_COLUMNS), (normal.fit, math.inf), (affine.fit, math.inf)
 # Functions that make a map of a support, or return None if they do not know what was given.
 SUPPORTS = box.support_of, of_distrax.support_of, of_numpyro.support_of

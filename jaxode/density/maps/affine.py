@@ -29,5 +29,5 @@ class Affine(Map):
 
 
 def fit(data: Float[np.ndarray, "rows *event"]) -> Affine:
-    """From mean and standard deviation."""
+    """Subtract the mean of each coordinate, and divide by its standard deviation."""
     return Affine(data.mean(axis=0), data.std(axis=0))

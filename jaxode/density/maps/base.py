@@ -31,7 +31,7 @@ class Map(eqx.Module):
         return jnp.ones((), bool)
 
     def spares(self, columns: tuple[int, ...]) -> bool:
-        """Whether it is known to leave these coordinates of a flattened event as they are."""
+        """Whether the map is known to leave these coordinates of a flattened event unchanged."""
         return not columns
 
 
@@ -45,7 +45,7 @@ class Support(Map):
 
 @compiled
 def contained(maps: Map, x: Float[Array, "rows *event"]) -> Bool[Array, " rows"]:
-    """Which events are where a map is defined."""
+    """Which events a map is defined at."""
     return jax.vmap(maps.contains)(x)
 
 

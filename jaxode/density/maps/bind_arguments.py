@@ -21,52 +21,52 @@ from jaxode.density.maps.some_columns import Some, columns_of
 Shape = tuple[int, ...]
 
 
-def as_support(given: Any, event: Shape) -> Map | None:
+def as_support(bounds: Any, event: Shape) -> Map | None:
     """The support that a user passed: two bounds, or an object of numpyro or distrax."""
-    if given is None:
+    if bounds is None:
         return None
     for support_of in SUPPORTS:
-        if (support := support_of(given, event)) is not None:
+        if (support := support_of(bounds, event)) is not None:
             return support
     raise TypeError(
         "bind(support=...): must be bounds (low, high), a constraint of numpyro or a bijector "
-        f"of distrax; got {given!r}."
+        f"of distrax; got {bounds!r}."
     )
 
 
 def as_map(
-    name: str, given: Any, event: Shape, support: Map | None = None, fixed: Shape = ()
+    name: str, argument: Any, event: Shape, support: Map | None = None, fixed: Shape = ()
 ) -> Map | None:
     """The map of the argument `name`: from data to fit it to, or its mean and scale.
 
     It leaves the `fixed` coordinates as they are.
     """
-    if given is None:
+    if argument is None:
         return None
     fit = affine.fit
-    if isinstance(given, Partial):  # of `jaxode.standardize`
-        fit, (given,) = given.func, given.args
-    if isinstance(given, list):
+    if isinstance(argument, Partial):  # of `jaxode.standardize`
+        fit, (argument,) = argument.func, argument.args
+    if isinstance(argument, list):
         raise TypeError(
             f"{arg(name)} data must be an array, and mean and scale a tuple; got a list. Pass "
             "np.asarray of it, or a tuple."
         )
-    if isinstance(given, tuple):
-        units, free = _affine(name, given, event), _others(fixed, event)
+    if isinstance(argument, tuple):
+        units, movable = _affine(name, argument, event), _movable_columns(fixed, event)
         if not fixed:
             return units
 
-        def of_free(part):
-            return columns_of(part, event, free) if part.ndim else part
+        def of_movable(part):
+            return columns_of(part, event, movable) if part.ndim else part
 
-        return Some(jax.tree.map(of_free, units), free)
-    if callable(given) or not np.ndim(given):
+        return Some(jax.tree.map(of_movable, units), movable)
+    if callable(argument) or not np.ndim(argument):
         raise TypeError(
-            f"{arg(name)} must be the data, or (mean, scale); got {given!r}. Pass your data, an "
+            f"{arg(name)} must be the data, or (mean, scale); got {argument!r}. Pass your data, an "
             f"array {shape_of('n', event)}."
         )
     rule = f"data must have shape {shape_of('n', event)}, with at least two rows"
-    data = check_data(name, given, event, 2, rule)
+    data = check_data(name, argument, event, 2, rule)
     if fit is not affine.fit and not is_known((data, support)):
         raise TypeError(
             f"{arg(name)} needs data that are known, to sort them; got a tracer. Call bind outside "
@@ -78,12 +78,14 @@ def as_map(
     return fitted(name, data, fit, support, fixed)
 
 
-def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
-    """From mean and scale."""
-    if len(given) != 2:
-        raise ValueError(f"{arg(name)} must be data, or (mean, scale); got {len(given)} parts.")
+def _affine(name: str, mean_and_scale: tuple[Any, Any], event: Shape) -> Affine:
+    """The affine map of a mean and a scale."""
+    if len(mean_and_scale) != 2:
+        raise ValueError(
+            f"{arg(name)} must be data, or (mean, scale); got {len(mean_and_scale)} parts."
+        )
     with np.errstate(over="ignore"):  # checked below
-        mean, scale = (floating(numbers(name, part)) for part in given)
+        mean, scale = (floating(numbers(name, part)) for part in mean_and_scale)
     for part in (mean, scale):
         if part.shape not in ((), event):
             raise ValueError(
@@ -91,13 +93,15 @@ def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
                 f"{part.shape}. Pass data as an array; those of a context as standardize_context."
             )
     if is_known(scale) and not _is_scale(scale).all():
-        rule = f"the scale must be positive and finite in {scale.dtype}; got {given[1]}."
+        rule = f"the scale must be positive and finite in {scale.dtype}; got {mean_and_scale[1]}."
     elif is_known(mean) and not np.isfinite(mean).all():
-        rule = f"the mean must be finite in {mean.dtype}; got {given[0]}."
-    elif is_known(given) and (np.asarray(scale) <= _lost(mean, floating_dtype(float))).any():
+        rule = f"the mean must be finite in {mean.dtype}; got {mean_and_scale[0]}."
+    elif (
+        is_known(mean_and_scale) and (np.asarray(scale) <= _lost(mean, floating_dtype(float))).any()
+    ):
         rule = (
-            f"the scale must be more than the rounding of the mean; got {given[1]} beside "
-            f"{given[0]}. Subtract an offset in float64 first."
+            f"the scale must be more than the rounding of the mean; got {mean_and_scale[1]} beside "
+            f"{mean_and_scale[0]}. Subtract an offset in float64 first."
         )
     else:
         return Affine(mean, scale)
@@ -105,7 +109,7 @@ def _affine(name: str, given: tuple[Any, Any], event: Shape) -> Affine:
 
 
 def _lost(mean: Any, dtype: Any) -> np.ndarray:
-    """The scale of data around a mean that is lost in their rounding."""
+    """The largest scale of data that is lost in rounding, beside their mean."""
     return 4 * float(jnp.finfo(dtype).eps) * np.abs(np.asarray(mean, np.float64))
 
 
@@ -115,7 +119,7 @@ def _is_scale(x: Any) -> Any:
     return (x >= jnp.finfo(x.dtype).tiny) & np.isfinite(x)
 
 
-def _others(fixed: Shape, event: Shape) -> Shape:
+def _movable_columns(fixed: Shape, event: Shape) -> Shape:
     """The coordinates of a flattened event that are not fixed."""
     return tuple(i for i in range(math.prod(event)) if i not in fixed)
 
@@ -132,23 +136,23 @@ def fitted(
     if not fixed:
         return _fitted(name, data, fit)
     event = data.shape[1:]
-    free = _others(fixed, event)
-    at = [tuple(map(int, np.unravel_index(i, event))) for i in free]
+    movable = _movable_columns(fixed, event)
+    at = [tuple(map(int, np.unravel_index(i, event))) for i in movable]
     try:
-        return Some(_fitted(name, columns_of(data, event, free), fit, at), free)
+        return Some(_fitted(name, columns_of(data, event, movable), fit, at), movable)
     except whiten.SingularError as error:
         raise ValueError(f"{error} Columns are counted without angles.") from None
 
 
 def _fitted(name: str, data: Any, fit: Callable[..., Map], at: list[Shape] | None = None) -> Map:
-    """The map of columns, which are `at` these places of the event."""
+    """Fit the map of columns. `at` are their places in the event, for messages."""
     dtype = floating_dtype(data.dtype)
     if not is_known(data):
         return Affine(jnp.mean(data, axis=0, dtype=dtype), jnp.std(data, axis=0, dtype=dtype))
     wide = np.asarray(data, np.float64)
     mean, scale = wide.mean(axis=0), wide.std(axis=0)
-    kept = scale.astype(dtype)
-    constant = np.argwhere(~((scale > _lost(mean, dtype)) & _is_scale(kept)))
+    rounded_scale = scale.astype(dtype)
+    constant = np.argwhere(~((scale > _lost(mean, dtype)) & _is_scale(rounded_scale)))
     if len(constant):
         index = tuple(map(int, constant[0]))
         column = at[index[0]] if at else index

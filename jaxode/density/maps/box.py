@@ -32,30 +32,30 @@ class Box(Support):
 
     def forward(self, u):
         low, high, below, above = self._bounds(u)
-        both, half = below & above, below ^ above
+        bounded, half_bounded = below & above, below ^ above
         # Each branch sees only its own coordinates, so no exponential overflows: derivatives of the
         # other coordinates would become NaN.
         most = jnp.log(jnp.finfo(u.dtype).max) - 1
-        distance = jnp.exp(jnp.minimum(jnp.where(half, jnp.where(below, u, -u), 0.0), most))
-        logit = jnp.where(both, u, 0.0)
+        distance = jnp.exp(jnp.minimum(jnp.where(half_bounded, jnp.where(below, u, -u), 0.0), most))
+        logit = jnp.where(bounded, u, 0.0)
         between = low + (high - low) * jax.nn.sigmoid(logit)
         beyond = jnp.where(below, low + distance, high - distance)
-        x = jnp.where(both, between, jnp.where(half, beyond, u))
+        x = jnp.where(bounded, between, jnp.where(half_bounded, beyond, u))
         of_logit = -jax.nn.log_sigmoid(logit) - jax.nn.log_sigmoid(-logit)
-        of_logit -= jnp.log(jnp.where(both, high - low, 1.0))
+        of_logit -= jnp.log(jnp.where(bounded, high - low, 1.0))
         of_half = jnp.where(below, -u, u)
-        log_det = jnp.where(both, of_logit, jnp.where(half, of_half, 0.0))
+        log_det = jnp.where(bounded, of_logit, jnp.where(half_bounded, of_half, 0.0))
         # Rounding must not leave the support.
         first, last = constants_like((self.low, self.high), u)
         return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
 
     def spares(self, columns):
-        ends = self.low, self.high
+        bounds = self.low, self.high
 
-        def free(end):
-            return np.isinf(np.asarray(end).reshape(-1)[np.array(columns, int)]).all()
+        def unbounded(bound):
+            return np.isinf(np.asarray(bound).reshape(-1)[np.array(columns, int)]).all()
 
-        return is_known(ends) and all(map(free, ends))
+        return is_known(bounds) and all(map(unbounded, bounds))
 
     def _bounds(self, like: Array):
         """The bounds with zero for missing ones, and masks of where there are bounds."""

@@ -35,7 +35,7 @@ class Chain(Map):
 
     @property
     def standardize(self) -> Map | None:
-        """The map after it, of the units."""
+        """The map of the units, which follows that of the support."""
         return next((part for part in self.maps if not isinstance(part, Support)), None)
 
 
@@ -60,7 +60,7 @@ def from_data(maps: Chain, x: Float[Array, "rows *event"]):
     A finite row whose `z` overflows does not fit: `z = 0` stands in.
     """
 
-    def one(x):
+    def of_row(x):
         inside = maps.contains(x)
         if maps.support is not None:
             # NaN stays NaN. Outside the support the density is not used: `z = 0` stands in, where
@@ -71,4 +71,4 @@ def from_data(maps: Chain, x: Float[Array, "rows *event"]):
         fits = jnp.isfinite(z).all() | ~jnp.isfinite(x).all()
         return inside, fits, jnp.where(fits, z, 0.0), log_det
 
-    return jax.vmap(one)(x)
+    return jax.vmap(of_row)(x)

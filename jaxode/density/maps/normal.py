@@ -10,9 +10,9 @@ from jaxode.density.maps.base import Map, Numbers, constants_like
 from jaxode.density.maps.chain import Chain
 
 LEAST_SPREAD = 1e-30  # the least distance of quartiles, in units and in standard deviations
-# Knots of the spline of a column, at most; rows between two of them, on average and at least; and
-# rows between the last quantile and the extreme.
-KNOTS, BETWEEN, BEYOND = 41, 25, 10
+MAX_KNOTS = 41  # of the spline of a column
+ROWS_PER_KNOT = 25  # at least, on average
+ROWS_BEYOND_KNOTS = 10  # between the last quantile and the extreme, on either side
 
 
 class Monotone(Map):
@@ -62,8 +62,10 @@ class Monotone(Map):
         inner = constants_like(knots[..., 1:-1], value)
         left = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
         # A repeated last knot is no interval.
-        ends = jnp.sum(inner < constants_like(knots[..., -1:], value), axis=-1, keepdims=True)
-        left = jnp.minimum(left, ends)
+        last_interval = jnp.sum(
+            inner < constants_like(knots[..., -1:], value), axis=-1, keepdims=True
+        )
+        left = jnp.minimum(left, last_interval)
 
         def at(leaf, i):
             return jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
@@ -88,9 +90,10 @@ def _log_slope(s, d0, d1, u):
 
 
 def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
-    """Through the extremes and quantiles at equally spaced normal values, after robust scaling.
+    """Fit splines through the extremes, and quantiles at equally spaced normal values.
 
-    The extremes bound the `z` of all rows, however heavy the tails are.
+    Columns are first scaled by their quartiles. The extremes bound the `z` of all rows, however
+    heavy the tails are.
     """
     from statistics import NormalDist  # `import jaxode` does not load it
 
@@ -100,14 +103,14 @@ def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
     spread, std = high - low, columns.std(axis=0)
     scale = np.where(spread > LEAST_SPREAD * np.maximum(std, 1), spread / 1.349, std)
     extreme = standard.inv_cdf(1 - min(1 / rows, 0.1))
-    widest = standard.inv_cdf(1 - min(BEYOND / rows, 0.16))
-    z = np.linspace(-widest, widest, min(max(rows // BETWEEN, 5), KNOTS - 2))
+    widest = standard.inv_cdf(1 - min(ROWS_BEYOND_KNOTS / rows, 0.16))
+    z = np.linspace(-widest, widest, min(max(rows // ROWS_PER_KNOT, 5), MAX_KNOTS - 2))
     levels = [0.0, *map(standard.cdf, z), 1.0]
     # Quantiles between two rows would lie close to one of tied rows.
     x = np.quantile((columns - center) / scale, levels, axis=0, method="nearest")
     knots = [_knots(column, np.array([-extreme, *z, extreme])) for column in x.T]
     event = data.shape[1:]
-    x, z, slope = (np.stack(part).reshape(*event, KNOTS) for part in zip(*knots, strict=True))
+    x, z, slope = (np.stack(part).reshape(*event, MAX_KNOTS) for part in zip(*knots, strict=True))
     return Chain((Affine(center.reshape(event), scale.reshape(event)), Monotone(x, z, slope)))
 
 
@@ -122,5 +125,5 @@ def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
     x, z = np.bincount(group, x) / count, np.bincount(group, z) / count
     chord = np.diff(z) / np.diff(x)
     slope = np.concatenate([chord[:1], np.sqrt(chord[1:] * chord[:-1]), chord[-1:]])
-    fill = (0, KNOTS - len(x))
+    fill = (0, MAX_KNOTS - len(x))
     return tuple(np.pad(part, fill, mode="edge") for part in (x, z, slope))

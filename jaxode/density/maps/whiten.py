@@ -11,9 +11,10 @@ from jaxode.density.maps import affine
 from jaxode.density.maps.base import Map, Numbers, constants_like
 from jaxode.density.maps.chain import Chain
 
-# Columns whose correlation matrix has a smaller eigenvalue depend on each other linearly.
+# Columns depend on each other linearly if their correlation matrix has an eigenvalue below this,
+# times the number of columns.
 SINGULAR = 1e-9
-WIDEST = 500  # columns whose correlations `fit` looks at, at most
+MOST_WHITENED_COLUMNS = 500  # with more, `jaxode.fit` does not look at correlations
 
 
 class SingularError(ValueError):
