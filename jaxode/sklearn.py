@@ -34,12 +34,12 @@ from jaxode.training.dataset import MIN_ROWS
 
 __all__ = ["FlowDensity", "FlowRegressor"]
 
-TARGET = "target"
-FLOATS: Any = [np.float64, np.float32]
+TARGET = "target"  # the name of `y` in frames
+FLOATS: Any = [np.float64, np.float32]  # dtypes that are not converted
 
 
 class _Flow(BaseEstimator):
-    """The options of both estimators, and their rows as frames."""
+    """What both estimators share: options, training and the conversion of rows to frames."""
 
     def __init__(
         self,
@@ -68,17 +68,18 @@ class _Flow(BaseEstimator):
         tags.non_deterministic = self.seconds is not None or self.steps is None
         return tags
 
-    def _train(self, frame: Any, sample_weight: Any, given: Any = ()) -> Self:
+    def _train(self, frame: Any, sample_weight: Any, given_names: Any = ()) -> Self:
+        """Fit the table of a frame."""
         options = self.get_params()
         key, progress = _key(options.pop("random_state")), options.pop("verbose")
         weights = None if sample_weight is None else np.asarray(sample_weight)
         self.table_, self.history_ = tabular.fit(
-            frame, key=key, given=given, weights=weights, progress=progress, **options
+            frame, key=key, given=given_names, weights=weights, progress=progress, **options
         )
         return self
 
     def _frame(self, X: Any, fitting: bool = False) -> Any:
-        """`X` as a frame, which stays as it is, for its types, if its columns have names."""
+        """`X` as a frame. One whose columns have names is not converted, so that types stay."""
         if not fitting:
             check_is_fitted(self, "table_")
         if _has_names(X) and (fitting or hasattr(self, "feature_names_in_")):
@@ -182,15 +183,18 @@ class FlowRegressor(RegressorMixin, _Flow):
 
 
 def _key(random_state: Any) -> Any:
+    """A key of JAX from a random state of scikit-learn."""
     return jax.random.key(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
 def _has_names(X: Any) -> bool:
+    """Whether `X` is a frame whose columns all have strings as names."""
     frame = nw.from_native(X, eager_only=True, pass_through=True)
     return isinstance(frame, nw.DataFrame) and all(isinstance(c, str) for c in frame.columns)
 
 
 def _with_target(frame: Any, y: Any) -> Any:
+    """The frame with `y` as another column."""
     if y is None:
         raise ValueError(f"{arg('y')} requires y to be passed, but the target y is None.")
     y = check_array(column_or_1d(y, warn=True), dtype=FLOATS, ensure_2d=False, input_name="y")

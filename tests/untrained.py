@@ -49,7 +49,7 @@ class Known:
         correlation[np.diag_indices(size)] = 1.0
         # Narrower than what stands in for a gap: else a few of its draws have most of the weight.
         scale = 0.6 * np.nanstd(v, axis=0)
-        context = encoder.context(rows.modes, rows.given)
+        context = encoder.context(rows.modes, rows.features)
         features = 0 if context is None else context.shape[1]
         moves = 0.4 * scale * rng.normal(size=(features, size))
         root = scale[:, None] * np.linalg.cholesky(correlation)
@@ -116,7 +116,7 @@ def _small(size, width=None, **known):
 def _drawn_categories(encoder, parts, *_):
     """A network in which every column depends on those before it and on the given ones."""
     rng, sizes, rows = np.random.default_rng(0), encoder.sizes, parts[0].rows
-    modes, total, features = rows.modes[:, encoder.discrete], sum(sizes), rows.given.shape[1]
+    modes, total, features = rows.modes[:, encoder.discrete], sum(sizes), rows.features.shape[1]
     shares = [np.bincount(modes[:, i], minlength=n) for i, n in enumerate(sizes)]
 
     def draw(n, m):

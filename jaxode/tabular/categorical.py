@@ -37,40 +37,50 @@ CATEGORY_PART_OF_SECONDS = 0.25  # of a training, if there are numbers too
 
 
 class Autoregressive(eqx.Module):
-    """`log P(modes | given)`, column after column."""
+    """`log P(modes | features)`, column after column."""
 
     sizes: eqx.AbstractVar[tuple[int, ...]]
 
     @abc.abstractmethod
-    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
-        """Log-probabilities of all modes of each column, given the columns before it. A key drops
-        units."""
+    def logits(self, one_hot, features, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+        """Log-probabilities of all modes of each column, given the columns before it. A key turns
+        dropout on."""
 
-    def log_prob(self, modes, given, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
-        """`log P(modes | given)`."""
+    def log_prob(self, modes, features, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
+        """`log P(modes | features)`."""
         at = _starts(self.sizes) + modes
         one_hot = jnp.zeros(sum(self.sizes)).at[at].set(1.0)
-        return jnp.sum(self.logits(one_hot, given, key)[at])
+        return jnp.sum(self.logits(one_hot, features, key)[at])
 
     def sample(
         self,
         key: PRNGKeyArray,
-        given: Float[Array, " given"],
-        known: Int[Array, " columns"],
+        features: Float[Array, " features"],
+        known_modes: Int[Array, " columns"],
         allowed: Bool[Array, " logits"],
     ) -> tuple[Int[Array, " columns"], Float[Array, ""]]:
-        """Draw the modes that are not known (-1), among those allowed, and
-        `log P(known modes | those before them)`."""
+        """Draw the modes that are not known, among those allowed.
+
+        Args:
+            key: draws them.
+            features: of the given columns.
+            known_modes: of the modelled columns, -1 for those to draw.
+            allowed: the mask of the modes that may be drawn.
+
+        Returns:
+            All modes, and the sum of `log P(known mode | modes before it)`.
+        """
         column, starts = jnp.asarray(_layout(self.sizes)[0]), jnp.asarray(_starts(self.sizes))
 
         def step(i, carry):
             at, weight, one_hot = carry
-            logits, may_be = self.logits(one_hot, given), allowed & (column == i)
+            logits, may_be = self.logits(one_hot, features), allowed & (column == i)
             drawn = jax.random.categorical(
                 jax.random.fold_in(key, i), jnp.where(may_be, logits, -jnp.inf)
             )
-            chosen = jnp.where(known[i] < 0, drawn, starts[i] + known[i])
-            weight = weight + jnp.where(known[i] < 0, 0.0, logits[chosen])
+            is_drawn = known_modes[i] < 0
+            chosen = jnp.where(is_drawn, drawn, starts[i] + known_modes[i])
+            weight = weight + jnp.where(is_drawn, 0.0, logits[chosen])
             return at.at[i].set(chosen), weight, one_hot.at[chosen].set(1.0)
 
         start = starts, jnp.zeros(()), jnp.zeros(sum(self.sizes))
@@ -79,20 +89,20 @@ class Autoregressive(eqx.Module):
 
 
 class Categories(Autoregressive):
-    """One network."""
+    """The probabilities of a single network."""
 
     direct: Float[Array, "logits logits"]
     inner: Float[Array, "width logits"]
     middle: Float[Array, "width width"]
     outer: Float[Array, "logits width"]
-    shared: Float[Array, "width given"]
+    shared: Float[Array, "width features"]
     bias: Float[Array, " logits"]
     offset: Float[Array, " width"]
     sizes: tuple[int, ...] = eqx.field(static=True)
 
     @classmethod
-    def make(cls, key: PRNGKeyArray, modes: np.ndarray, sizes: tuple[int, ...], given: int):
-        """A network that starts at independent columns, with the shares of the rows."""
+    def make(cls, key: PRNGKeyArray, modes: np.ndarray, sizes: tuple[int, ...], features: int):
+        """A network that begins with independent columns, and modes as frequent as in the rows."""
         total, keys = sum(sizes), jax.random.split(key, 4)
         counts = [np.bincount(modes[:, i], minlength=size) for i, size in enumerate(sizes)]
         bias = np.concatenate([np.log((count + 0.5) / len(modes)) for count in counts])
@@ -105,20 +115,20 @@ class Categories(Autoregressive):
             inner=draw(keys[0], CATEGORY_WIDTH, total) * math.sqrt(max(total / len(sizes), 1)),
             middle=draw(keys[1], CATEGORY_WIDTH, CATEGORY_WIDTH),
             outer=jnp.zeros((total, CATEGORY_WIDTH)),
-            shared=draw(keys[2], CATEGORY_WIDTH, given),
+            shared=draw(keys[2], CATEGORY_WIDTH, features),
             bias=jnp.asarray(bias, float),
             offset=jnp.zeros(CATEGORY_WIDTH),
             sizes=sizes,
         )
 
-    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+    def logits(self, one_hot, features, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
         column, unit, table, place = _layout(self.sizes)
 
         def before(mask, weight):
             return jnp.where(jnp.asarray(mask), weight, 0.0)
 
         h = before(unit[:, None] > column[None], self.inner) @ one_hot
-        h = jax.nn.silu(h + self.shared @ given + self.offset)
+        h = jax.nn.silu(h + self.shared @ features + self.offset)
         h = h + jax.nn.silu(before(unit[:, None] >= unit[None], self.middle) @ h)
         if key is not None:
             h = jnp.where(
@@ -126,9 +136,9 @@ class Categories(Autoregressive):
                 h / (1 - CATEGORY_DROPOUT),
                 0.0,
             )
-        out = before(column[:, None] >= unit[None], self.outer) @ h + self.bias
-        out = out + before(column[:, None] > column[None], self.direct) @ one_hot
-        by_column = jnp.append(out, -jnp.inf)[table]
+        logits = before(column[:, None] >= unit[None], self.outer) @ h + self.bias
+        logits = logits + before(column[:, None] > column[None], self.direct) @ one_hot
+        by_column = jnp.append(logits, -jnp.inf)[table]
         return jax.nn.log_softmax(by_column, axis=1).reshape(-1)[place]
 
 
@@ -138,9 +148,9 @@ class Average(Autoregressive):
     sizes: tuple[int, ...] = eqx.field(static=True)
     members: tuple[Categories, ...]
 
-    def logits(self, one_hot, given, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
-        each = jnp.stack([network.logits(one_hot, given, key) for network in self.members])
-        return jax.nn.logsumexp(each, axis=0) - math.log(len(self.members))
+    def logits(self, one_hot, features, key: PRNGKeyArray | None = None) -> Float[Array, " logits"]:
+        log_probs = jnp.stack([network.logits(one_hot, features, key) for network in self.members])
+        return jax.nn.logsumexp(log_probs, axis=0) - math.log(len(self.members))
 
 
 def _starts(sizes: tuple[int, ...]) -> np.ndarray:
@@ -150,8 +160,13 @@ def _starts(sizes: tuple[int, ...]) -> np.ndarray:
 
 @functools.cache
 def _layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
-    """The column of each logit, how many columns each unit may see, the logits of each column in
-    rows of the same length, filled up with the one after the last, and their places there."""
+    """Where the logits of all columns stand in one vector, and which of them a unit may depend on.
+
+    Returns:
+        The column of each logit; the last column that each unit may depend on; a table with a row
+        of places of logits for each column, padded with the place after the last logit; and the
+        place of each logit in this table.
+    """
     column, most = np.repeat(np.arange(len(sizes)), sizes), max(sizes)
     within = np.arange(len(column)) - _starts(sizes)[column]
     table = np.full((len(sizes), most), len(column))
@@ -160,15 +175,15 @@ def _layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
 
 
 @compiled
-def log_probs(network: Autoregressive, modes, given) -> Float[Array, " rows"]:
-    """`log P(modes | given)` of each row."""
-    return jax.vmap(network.log_prob)(modes, given)
+def log_probs(network: Autoregressive, modes, features) -> Float[Array, " rows"]:
+    """`log P(modes | features)` of each row."""
+    return jax.vmap(network.log_prob)(modes, features)
 
 
 @compiled
-def sampled_modes(network: Autoregressive, keys, given, known, allowed):
+def sampled_modes(network: Autoregressive, keys, features, known_modes, allowed):
     """`Autoregressive.sample` of each row, with the same modes allowed in all."""
-    return jax.vmap(network.sample, (0, 0, 0, None))(keys, given, known, allowed)
+    return jax.vmap(network.sample, (0, 0, 0, None))(keys, features, known_modes, allowed)
 
 
 @functools.cache
@@ -184,8 +199,8 @@ def _optimizer() -> Any:
 
 
 @compiled
-def _advance(network, average, state, modes, given, key, rate, smoothing, steps):
-    """The network, its average and the optimizer's state after some steps."""
+def _advance(network, average, state, modes, features, key, rate, smoothing, steps):
+    """The network, its moving average and the state of the optimizer after `steps` steps."""
 
     def step(i, carry):
         network, average, state = carry
@@ -194,7 +209,7 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
         keys = jax.random.split(drop_key, CATEGORY_BATCH)
 
         def loss(network):
-            return -jnp.mean(jax.vmap(network.log_prob)(modes[rows], given[rows], keys))
+            return -jnp.mean(jax.vmap(network.log_prob)(modes[rows], features[rows], keys))
 
         updates, state = _optimizer().update(jax.grad(loss)(network), state, network)
         network = jax.tree.map(lambda a, u: a - rate * u, network, updates)
@@ -206,7 +221,7 @@ def _advance(network, average, state, modes, given, key, rate, smoothing, steps)
 
 @dataclasses.dataclass
 class _Validations:
-    """The best network so far, and how many validations in a row were not better."""
+    """The best network so far, and the number of validations since, all of which were worse."""
 
     best: Categories
     best_nll: float = math.inf
@@ -230,36 +245,46 @@ def train(
     progress: str,
     begin: float,
 ) -> tuple[Categories, list[Point]]:
-    """Train on `(modes, given)`, and keep what is best on the validation rows. Both may have
-    weights. `progress` is what to call the training on stderr, or empty."""
+    """Train a network, and keep the best one on the validation rows.
+
+    Args:
+        key: draws the first network and the batches.
+        sizes: the number of modes of each column.
+        rows: modes and features to train on.
+        validation: likewise, to validate on.
+        weights: of the rows and of the validation rows, None for equal ones.
+        limits: ends the training.
+        progress: the label of its lines on stderr; empty for none.
+        begin: the time of the call, from which validations count.
+    """
     init_key, key = jax.random.split(key)
-    of_rows, of_aside = weights
-    source, weighted = InMemory(Rows(*rows), weights=of_rows), of_rows is not None
+    row_weights, aside_weights = weights
+    source = InMemory(Rows(*rows), weights=row_weights)
     modes, aside = source.sample(len(rows[0])).x, tuple(map(jnp.asarray, validation))
     network = average = Categories.make(init_key, modes, sizes, rows[1].shape[1])
-    seen, state = _Validations(network), _optimizer().init(network)
+    validations, state = _Validations(network), _optimizer().init(network)
     clock, step, due, drawn = Clock(begin), 0, 0.0, jax.tree.map(jnp.asarray, source.rows)
     total = min(limits.steps, MAX_CATEGORY_STEPS)
     while True:
         with clock.running():
-            found = np.asarray(log_probs(average, *aside), float)
-            nats = -float(np.average(found, weights=of_aside))
+            log_prob = np.asarray(log_probs(average, *aside), float)
+            nats = -float(np.average(log_prob, weights=aside_weights))
         if step == 0:
             clock.spent = 0.0  # without compilation
-        seen.add(average, step, clock.since_call, nats)
+        validations.add(average, step, clock.since_call, nats)
         part = max(step / total, clock.spent / limits.seconds if limits.seconds else 1.0)
-        ended = part >= 1 or seen.worse >= CATEGORY_PATIENCE
+        ended = part >= 1 or validations.worse >= CATEGORY_PATIENCE
         if progress:
-            text = described(progress, f"{step}", nats, seen.best_nll)
+            text = described(progress, f"{step}", nats, validations.best_nll)
             show(text, look=ended or step >= due)
         if step >= due:
             due = VALIDATION_STEP_RATIO * step
         if ended:
-            return seen.best, seen.points
+            return validations.best, validations.points
         steps = int(min(STEPS_PER_VALIDATION, total - step))
         with clock.running():
             block_key = jax.random.fold_in(key, step)
-            if weighted:
+            if row_weights is not None:
                 block = source.take(block_key, STEPS_PER_VALIDATION * CATEGORY_BATCH)
                 drawn = jax.tree.map(jnp.asarray, block)
             schedule = *_rates(step, part), jnp.asarray(steps, jnp.int32)
@@ -272,7 +297,10 @@ def train(
 
 
 def _rates(step: int, part: float) -> tuple[Array, Array]:
-    """The rate, and the weight of a step in the average, after a part of the training."""
+    """The rate of the optimizer, and the weight of the next step in the moving average.
+
+    `part` of the training is over.
+    """
     growth = min(1, (step + CATEGORY_FIRST_STEP) / CATEGORY_WARM_UP)
     rate = CATEGORY_RATE * math.cos(0.5 * math.pi * part) ** 2 * growth
     return jnp.asarray(rate), jnp.asarray(max(CATEGORY_AVERAGE_WEIGHT, 10 / (10 + step)))

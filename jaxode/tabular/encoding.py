@@ -25,20 +25,22 @@ class Encoded(NamedTuple):
     """The rows of a frame. Numbers are scaled to order one."""
 
     modes: np.ndarray
-    """`[rows, columns]`, those of all modelled columns; -1 where a value is not known."""
+    """`[rows, columns]`: the modes of modelled columns; -1 for a value that was not in training."""
     low: np.ndarray
-    """`[rows, numbers]`, the lower ends of cells."""
+    """`[rows, numbers]`: the lower ends of the cells of numbers."""
     width: np.ndarray
+    """`[rows, numbers]`: the widths of these cells."""
     fill: np.ndarray
-    """Whether a row has no number there."""
-    given: np.ndarray
-    """`[rows, features]`."""
+    """`[rows, numbers]`: the mask of values without a number."""
+    features: np.ndarray
+    """`[rows, features]`: the given columns, as numbers of order one."""
     log_scale: np.ndarray
-    """`[rows]`, what makes log-densities those of the data: units, and shares of categories."""
+    """`[rows]`: add it to a log-density to have it in the units of the data. It also has the share
+    of a pooled category."""
 
 
 class Domain(NamedTuple):
-    """Where scaled numbers lie: within bounds, or in one turn."""
+    """The bounds of scaled numbers, and the mask of angles."""
 
     box: Box | None
     angle: Bool[np.ndarray, " numbers"]
@@ -48,15 +50,15 @@ class Cells(NamedTuple):
     """Rows of numbers for the flow, as the cells that they lie in."""
 
     x: Any
-    """`[rows, numbers]`, the lower ends."""
+    """`[rows, numbers]`: the lower ends."""
     width: Any
     fill: Any
-    """Whether a row has no number there, and gets a stand-in."""
+    """`[rows, numbers]`: the mask of values without a number, which noise stands in for."""
     context: Any
 
 
 def read(name: str, frame: Any, column: Column) -> frames.Values:
-    """The values of a column; dates as numbers."""
+    """The values of a column, with dates as numbers."""
     if column.dates is None:
         return frames.read(name, frame, column.name)
     return column.dates.values(name, frame, column.name)
@@ -67,18 +69,18 @@ class Encoder:
     """Encode frames as arrays, and decode samples to a frame."""
 
     like: Any
-    """No rows of the training frame."""
+    """The training frame without its rows."""
     columns: tuple[Column, ...]
     given: tuple[Column, ...]
 
     @cached_property
     def discrete(self) -> list[int]:
-        """Columns with more than one mode."""
+        """Places of the modelled columns with more than one mode."""
         return [i for i, column in enumerate(self.columns) if column.modes > 1]
 
     @cached_property
     def numbers(self) -> list[int]:
-        """Columns with numbers."""
+        """Places of the modelled columns with numbers."""
         return [i for i, column in enumerate(self.columns) if column.grids]
 
     @property
@@ -88,13 +90,13 @@ class Encoder:
 
     @property
     def domain(self) -> Domain:
-        """Where the scaled numbers lie."""
+        """The domain of the scaled numbers."""
         circles = [self.columns[i].circle for i in self.numbers]
         return Domain(self.box, np.array([circle is not None for circle in circles], bool))
 
     @cached_property
     def box(self) -> Box | None:
-        """The bounds of the scaled numbers."""
+        """The bounds of the scaled numbers, or None if there are none."""
         bounds = np.array([self.columns[i].bounds_with_noise for i in self.numbers])
         if not np.isfinite(bounds).any():
             return None
@@ -157,15 +159,15 @@ class Encoder:
             first_row(is_wrong, lambda row, rule=rule, cure=cure: message(rule, row, cure))
         return mode, x
 
-    def context(self, modes: np.ndarray, given: np.ndarray) -> np.ndarray | None:
-        """Context of the flow: indicators of the modes, and the features."""
+    def context(self, modes: np.ndarray, features: np.ndarray) -> np.ndarray | None:
+        """The context of the flow: indicators of the modes, and features; None if empty."""
         indicators = [np.eye(self.columns[i].modes)[modes[:, i]] for i in self.discrete]
-        context = np.concatenate([*indicators, given], 1)
+        context = np.concatenate([*indicators, features], 1)
         return context if context.shape[1] else None
 
     def as_cells(self, rows: Encoded) -> Cells:
         """The cells of rows, with their contexts."""
-        return Cells(rows.low, rows.width, rows.fill, self.context(rows.modes, rows.given))
+        return Cells(rows.low, rows.width, rows.fill, self.context(rows.modes, rows.features))
 
     def missing(self, modes: np.ndarray) -> np.ndarray:
         """Which values are missing."""
@@ -175,8 +177,14 @@ class Encoder:
     def decode(
         self, modes: np.ndarray, x: np.ndarray, seed: int, drawn: Any = True
     ) -> dict[str, np.ndarray]:
-        """The values of the modelled columns. Those that are not `drawn`, `[rows, columns]`, stay
-        None."""
+        """The values of the modelled columns, by name.
+
+        Args:
+            modes: `[rows, columns]`.
+            x: scaled numbers, `[rows, numbers]`.
+            seed: draws the values of pooled categories.
+            drawn: the mask `[rows, columns]` of the values to decode. The others are None.
+        """
         drawn = np.broadcast_to(drawn, modes.shape)
         draw = np.random.default_rng(seed)
         numbers = {i: x[:, j] for j, i in enumerate(self.numbers)}
@@ -223,7 +231,7 @@ class CellNoise:
     exists: bool
 
     @classmethod
-    def of(cls, domain: Domain, rows: Cells) -> "CellNoise":
+    def from_cells(cls, domain: Domain, rows: Cells) -> "CellNoise":
         """Noise of training rows, if they have cells with a width, or stand-ins."""
         return cls(domain, bool(rows.width.any() or rows.fill.any()))
 

@@ -34,16 +34,17 @@ from jaxode.training.sources import InMemory
 from jaxode.training.trials import powers_to_try
 
 MEMBERS = 5  # networks of an ensemble by default
-MAX_ENSEMBLE_ROWS = 5000  # beyond, one network is the default
+MAX_ENSEMBLE_ROWS = 5000  # rows beyond which one network is the default
 MEMBER_WIDTH = 64  # units of a layer
 MEMBER_BATCH = 256  # rows of a step
-# Weights decay at these multiples of the rate: one network would learn the rows by heart, the mean
-# of several does not. In larger tables, the decay falls with one by the number of rows.
-TABLE_DECAY = 1.0
-MEMBER_DECAY = 0.3
-FULL_DECAY_ROWS = 3000
-# Levels of one number must not fall. The estimate of its error is zero now and then, and a long
-# step that passes moves a level by 0.008; so its steps are short. Several numbers have more noise.
+TABLE_DECAY = (
+    1.0  # of weights, times the rate, for one network, which could learn the rows by heart
+)
+MEMBER_DECAY = 0.3  # likewise for a member of an ensemble, whose mean does not learn them
+FULL_DECAY_ROWS = 3000  # in larger tables, the decay is in inverse proportion to the rows
+# Levels of one number must not decrease. Now and then the estimated error of a long step is near
+# zero by chance, and the step moves a level by 0.008: so steps are short. Several numbers have more
+# noise than that.
 SOLVE_OF_ONE_NUMBER: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5, "max_step": 1 / 8}
 SOLVE_OF_SEVERAL: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3}
 
@@ -135,27 +136,27 @@ def fit(
     encoder = encoder_of(frame, given, kinds or {}, bounds or {}, other, weights)
     calibrate = _calibrates(encoder, calibrate)
     members = _members(members, len(frame))
-    parts = _split(encoder, frame, validation, keys[0], members, weights)
-    _warn_of_dependence(encoder, parts[0].rows)
+    splits = _split(encoder, frame, validation, keys[0], members, weights)
+    _warn_of_dependence(encoder, splits[0].rows)
 
     network, density, moments, points = None, None, None, []
     if encoder.discrete:
         if encoder.numbers:
-            limits, of_rest = _split_seconds(limits, categorical.CATEGORY_PART_OF_SECONDS)
-            plan = plan._replace(limits=of_rest)
-        network, points = _train_categories(encoder, parts, keys[1], limits, progress, begin)
+            limits, number_limits = _split_seconds(limits, categorical.CATEGORY_PART_OF_SECONDS)
+            plan = plan._replace(limits=number_limits)
+        network, points = _train_categories(encoder, splits, keys[1], limits, progress, begin)
     if encoder.numbers:
-        density, more = _train_numbers(encoder, parts, plan, keys[2], begin)
+        density, validations = _train_numbers(encoder, splits, plan, keys[2], begin)
         if calibrate:
-            density = calibrated(density, *_levels_aside(encoder, density, parts, keys[3]))
-        moments, points = _moments(encoder, parts[0], keys[3]), points + more
+            density = calibrated(density, *_levels_aside(encoder, density, splits, keys[3]))
+        moments, points = _moments(encoder, splits[0], keys[3]), points + validations
     elif progress:
         finish()
     return Table(encoder, network, density, moments), points
 
 
 def _checked_frame(frame: Any, weights: Any) -> tuple[Any, np.ndarray | None]:
-    """The rows that have a weight, and their weights, if there are any."""
+    """The rows with a weight above zero, and their weights, if there are any."""
     frame = frames.as_frame("frame", frame)
     if weights is not None:
         weights = np.asarray(check_weights(weights, jnp.zeros(len(frame))))
@@ -168,31 +169,31 @@ def _checked_frame(frame: Any, weights: Any) -> tuple[Any, np.ndarray | None]:
 
 
 def _split_seconds(limits: Limits, part: float) -> tuple[Limits, Limits]:
-    """Limits of two trainings, of which the first one gets a part of the seconds."""
-    first, rest = part * limits.seconds, (1 - part) * limits.seconds
-    return limits._replace(seconds=first), limits._replace(seconds=rest)
+    """Limits of two trainings, of which the first gets this part of the seconds."""
+    first, second = part * limits.seconds, (1 - part) * limits.seconds
+    return limits._replace(seconds=first), limits._replace(seconds=second)
 
 
 def _members(members: int | None, rows: int) -> int:
-    """The number of networks of the numbers."""
+    """The number of networks."""
     if members is not None:
         return integer("members", members)
     return MEMBERS if rows <= MAX_ENSEMBLE_ROWS else 1
 
 
-class Part(NamedTuple):
-    """Rows to train a network on, and rows aside, with weights if there are any."""
+class Split(NamedTuple):
+    """The rows to train a network on, and its validation rows."""
 
     rows: Encoded
     aside: Encoded
     weights: np.ndarray | None = None
-    of_aside: np.ndarray | None = None
+    aside_weights: np.ndarray | None = None
 
 
 def _split(
     encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int, weights: Any
-) -> list[Part]:
-    """The part of each member, with other rows aside, if they are rows of the frame."""
+) -> list[Split]:
+    """Set other rows aside for each member, or take those of a frame `validation` for all."""
     rows = encoder.encode(frame)
     draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
@@ -216,38 +217,39 @@ def _split(
                 stacklevel=4,
             )
         aside = take(aside, draw.permutation(usable)[:MAX_VALIDATION_ROWS])
-        return [Part(rows, aside, weights)] * members
+        return [Split(rows, aside, weights)] * members
 
     def weights_of(chosen):
         return None if weights is None else weights[chosen]
 
     return [
-        Part(take(rows, train), take(rows, aside), weights_of(train), weights_of(aside))
+        Split(take(rows, train), take(rows, aside), weights_of(train), weights_of(aside))
         for train, aside in split_rows(validation, draw.permutation(len(frame)), members)
     ]
 
 
 def _train_categories(
     encoder: Encoder,
-    parts: list[Part],
+    splits: list[Split],
     key: PRNGKeyArray,
     limits: Limits,
     progress: bool,
     begin: float,
 ) -> tuple[categorical.Autoregressive, list[Point]]:
-    """Train a network on each part, one after the other, of which each has as many seconds."""
-    limits = limits._replace(seconds=limits.seconds / len(parts))
+    """Train a network on each split, one after the other, with equal seconds."""
+    limits = limits._replace(seconds=limits.seconds / len(splits))
 
     def pair(rows):
-        return (rows.modes[:, encoder.discrete], rows.given)
+        return (rows.modes[:, encoder.discrete], rows.features)
 
-    networks, points, keys = [], [], jax.random.split(key, len(parts))
-    for i, (rows, aside, *weights) in enumerate(parts):
-        name = "categories" if len(parts) == 1 else f"categories {i + 1} of {len(parts)}"
-        network, more = categorical.train(
-            keys[i], encoder.sizes, pair(rows), pair(aside), weights, limits, progress * name, begin
-        )
-        networks, points = [*networks, network], points + more
+    networks, points, keys = [], [], jax.random.split(key, len(splits))
+    for i, (rows, aside, *weights) in enumerate(splits):
+        label = "categories" if len(splits) == 1 else f"categories {i + 1} of {len(splits)}"
+        network, validations = categorical.train(
+            keys[i], encoder.sizes, pair(rows), pair(aside), weights, limits, progress * label,
+            begin,
+        )  # fmt: skip
+        networks, points = [*networks, network], points + validations
     if len(networks) == 1:
         return networks[0], points
     return categorical.Average(encoder.sizes, tuple(networks)), points
@@ -255,38 +257,38 @@ def _train_categories(
 
 def _train_numbers(
     encoder: Encoder,
-    parts: list[Part],
+    splits: list[Split],
     plan: Plan,
     key: PRNGKeyArray,
     begin: float,
 ) -> tuple[Density, list[Point]]:
     """Train the density of the numbers, with the modes of their rows as context."""
-    cells = encoder.as_cells(parts[0].rows)
-    noise = CellNoise.of(encoder.domain, cells)
+    cells = encoder.as_cells(splits[0].rows)
+    noise = CellNoise.from_cells(encoder.domain, cells)
 
-    def dataset(part: Part) -> Dataset:
-        source = InMemory(encoder.as_cells(part.rows), weights=part.weights)
-        return Dataset(source, encoder.as_cells(part.aside), noise, part.of_aside)
+    def dataset(split: Split) -> Dataset:
+        source = InMemory(encoder.as_cells(split.rows), weights=split.weights)
+        return Dataset(source, encoder.as_cells(split.aside), noise, split.aside_weights)
 
-    datasets = list(map(dataset, parts))
+    datasets = list(map(dataset, splits))
     size, context = len(encoder.numbers), cells.context
-    features = 0 if context is None else context.shape[1]
+    context_size = 0 if context is None else context.shape[1]
     network_key, train_key = jax.random.split(key)
     angle, period, base = encoder.domain.angle, None, standard_normal(size)
     if angle.any():
         period = np.where(angle, TURN, np.inf)
         base = torus(size, period)
 
-    options = {"context_size": features, "period": period}
-    size_factor, decay = min(1.0, FULL_DECAY_ROWS / len(parts[0].rows.modes)), TABLE_DECAY
-    if len(parts) == 1:
+    options = {"context_size": context_size, "period": period}
+    size_factor, decay = min(1.0, FULL_DECAY_ROWS / len(splits[0].rows.modes)), TABLE_DECAY
+    if len(splits) == 1:
         params = Residual(size, key=network_key, **options)
     else:
 
         def make(key):
             return Residual(size, MEMBER_WIDTH, key=key, **options)
 
-        params = Ensemble(make, len(parts), key=network_key)
+        params = Ensemble(make, len(splits), key=network_key)
         plan, decay = plan._replace(batch_size=MEMBER_BATCH), MEMBER_DECAY
     flow = cnf(field, base, **(SOLVE_OF_ONE_NUMBER if size == 1 else SOLVE_OF_SEVERAL))
     support = None if encoder.box is None else (encoder.box.low, encoder.box.high)
@@ -298,7 +300,7 @@ def _train_numbers(
 
 
 def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
-    """Whether levels are calibrated. Raises if they cannot be."""
+    """Whether to calibrate levels. Raises if they cannot be."""
     if calibrate is not None:
         check_bool("calibrate", calibrate)
     if calibrate and (len(encoder.numbers) != 1 or len(encoder.columns) != 1):
@@ -315,36 +317,37 @@ def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
 
 
 def _levels_aside(
-    encoder: Encoder, density: Density, parts: list[Part], key: PRNGKeyArray
+    encoder: Encoder, density: Density, splits: list[Split], key: PRNGKeyArray
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The levels of rows aside, each in the density of a network that did not train on it, and
+    """The levels of validation rows, each in the density of a network that did not train on it; and
     their weights, if there are any."""
     all_levels, weights = [], []
-    for part, network in zip(parts, members_of(density.params), strict=False):
-        cells = encoder.as_cells(part.aside)
+    for split, network in zip(splits, members_of(density.params), strict=False):
+        cells = encoder.as_cells(split.aside)
         x, _ = with_noise(encoder.domain, cells, key)
         levels = density.with_params(network).cdf(x, context=cells.context)
         is_number = ~cells.fill[:, 0]
         all_levels.append(np.asarray(levels)[is_number])
-        weights.append(None if part.of_aside is None else part.of_aside[is_number])
+        weights.append(None if split.aside_weights is None else split.aside_weights[is_number])
     return np.concatenate(all_levels), None if weights[0] is None else np.concatenate(weights)
 
 
-def _moments(encoder: Encoder, part: Part, key: PRNGKeyArray):
-    """Mean and covariance of the numbers without their bounds, for proposals."""
-    x, _ = with_noise(encoder.domain, encoder.as_cells(part.rows), key)
+def _moments(encoder: Encoder, split: Split, key: PRNGKeyArray):
+    """Mean and covariance of the numbers, mapped out of their domain, to propose missing ones."""
+    x, _ = with_noise(encoder.domain, encoder.as_cells(split.rows), key)
     v = np.asarray(out_of_domain(encoder.domain, x), float)
-    covariance = np.atleast_2d(np.cov(v.T, aweights=part.weights))
-    return np.average(v, axis=0, weights=part.weights), covariance
+    covariance = np.atleast_2d(np.cov(v.T, aweights=split.weights))
+    return np.average(v, axis=0, weights=split.weights), covariance
 
 
 def _warn_of_dependence(encoder: Encoder, rows: Encoded) -> None:
+    """Warn if a modelled number is a linear function of others: then there is no density."""
     modelled = [encoder.columns[i] for i in encoder.numbers]
     smooth = [j for j, c in enumerate(modelled) if not (c.grids[-1] or rows.fill[:, j].any())]
     start = np.cumsum([0, *(column.width for column in encoder.given)])
     simple = [i for i, c in enumerate(encoder.given) if c.width == 1 and c.kind != "categorical"]
     names = np.array([modelled[j].name for j in smooth] + [encoder.given[i].name for i in simple])
-    table = np.concatenate([rows.low[:, smooth], rows.given[:, start[simple]]], 1)
+    table = np.concatenate([rows.low[:, smooth], rows.features[:, start[simple]]], 1)
     names, table = names[table.std(axis=0) > 0], table[:, table.std(axis=0) > 0]
     if table.shape[1] < 2 or len(table) <= table.shape[1]:
         return

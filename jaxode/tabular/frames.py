@@ -6,23 +6,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import first_row
 from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 
-TEXT = ("String", "Categorical", "Enum", "Boolean", "Object")
+CATEGORICAL_TYPES = ("String", "Categorical", "Enum", "Boolean", "Object")  # of narwhals
 
 
 class Values(NamedTuple):
     """A column of a frame."""
 
     values: np.ndarray
-    """Floats, or objects: strings and booleans."""
+    """Floats, or categories as objects."""
     missing: np.ndarray
     text: bool
-    """Whether it holds categories, not numbers."""
+    """Whether the column holds categories, not numbers."""
 
 
 def as_frame(name: str, frame: Any) -> Any:
-    """The frame for narwhals, checked."""
+    """Check a frame, and wrap it by narwhals."""
     try:
         import narwhals as nw
     except ModuleNotFoundError:
@@ -50,11 +51,12 @@ def as_frame(name: str, frame: Any) -> Any:
 
 
 def _names(frame: Any) -> Any:
-    return getattr(frame, "column_names", None) or getattr(frame, "columns", ())  # of pyarrow first
+    # Pyarrow has `column_names`, and its `columns` are arrays.
+    return getattr(frame, "column_names", None) or getattr(frame, "columns", ())
 
 
 def column_of(name: str, frame: Any, column: str) -> Any:
-    """A column of a frame, which must have it."""
+    """A column of a frame. Raises if there is none of this name."""
     if column not in frame.columns:
         raise ValueError(f"{arg(name)} must have the column {column!r}; got {frame.columns}.")
     return frame[column]
@@ -75,32 +77,39 @@ def read(name: str, frame: Any, column: str) -> Values:
         values += 0.0  # makes -0.0 0.0
         missing |= np.isnan(values)
         if series.dtype.is_integer():
-            for row in np.flatnonzero(~missing & (np.abs(values) > LARGEST_MULTIPLE)):
-                raise ValueError(
+            first_row(
+                ~missing & (np.abs(values) > LARGEST_MULTIPLE),
+                lambda row: (
                     f"{start} integers up to 2**50; got {values[row]:.0f} in row {row}. Leave "
                     "identifiers out; subtract an offset from others."
-                )
-        for row in np.flatnonzero(np.isinf(values)):
-            raise ValueError(
+                ),
+            )
+        first_row(
+            np.isinf(values),
+            lambda row: (
                 f"{start} finite numbers; got {values[row]} in row {row}. Leave the row out, or "
                 "make it missing."
-            )
+            ),
+        )
         return Values(values, missing, False)
     kind = str(series.dtype).split("(")[0]
-    named = kind in ("Categorical", "Enum")  # whose categories may be of any type
-    if kind not in TEXT:
+    if kind not in CATEGORICAL_TYPES:
         raise TypeError(
             f"{start} numbers, strings or booleans; got {series.dtype}. Convert it, or leave it "
             "out."
         )
     values = np.fromiter(series.to_list(), object, len(series))
     missing |= np.array([isinstance(value, float) and value != value for value in values], bool)
-    for row in np.flatnonzero(~missing):
-        if not named and not isinstance(values[row], str | bool | np.bool_):
-            raise TypeError(
+    if kind not in ("Categorical", "Enum"):  # whose categories may be of any type
+        is_category = [isinstance(value, str | bool | np.bool_) for value in values]
+        first_row(
+            ~missing & ~np.array(is_category, bool),
+            lambda row: (
                 f"{start} strings, booleans or numbers alone; got {values[row]!r} in row {row}. "
                 "Convert the column: .astype(str), or to a type of numbers or dates."
-            )
+            ),
+            TypeError,
+        )
     return Values(values, missing, True)
 
 
@@ -109,18 +118,19 @@ def make(
 ) -> Any:
     """Make a frame of these columns, of the kind of the frame `like`, with the index of its `rows`.
 
-    Columns have the types of `like`; those that are all missing there, of `fallback`. Decimals, and
-    integers that would lose fractions, become floats.
+    Columns have the types that they have in `like`, or in `fallback` where `like` has missing
+    values alone. Decimals, and integers that would lose fractions, become floats.
     """
     import narwhals as nw
 
-    def of(name: str) -> Any:
+    def typed(name: str) -> Any:
+        """The frame that has the type of a column."""
         if fallback is None or name not in fallback.columns:
             return like
         same = fallback.implementation == like.implementation
         return fallback if same and len(like) and like[name].is_null().all() else like
 
-    schema = {name: of(name).schema[name] for name in data}
+    schema = {name: typed(name).schema[name] for name in data}
 
     def fraction(v):
         return isinstance(v, float) and v % 1 > 0
@@ -142,7 +152,7 @@ def make(
         native = nw.to_native(like)
         frame = native.__class__(columns, index=None if rows is None else native.index[rows])
         dtypes = {
-            name: _holding(nw.to_native(of(name))[name].dtype, frame[name])
+            name: _holding(nw.to_native(typed(name))[name].dtype, frame[name])
             for name in data
             if name not in floats
         }
@@ -151,7 +161,7 @@ def make(
 
 
 def _dated(dtype: Any, values: Any) -> list[Any]:
-    """The values; dates as the type has them, with a time or without."""
+    """The values, of which dates have a time if the type has one, and none otherwise."""
     if str(dtype) == "Date":
         return [v.date() if isinstance(v, datetime.datetime) else v for v in values]
     if str(dtype).startswith("Datetime"):
@@ -164,7 +174,7 @@ def _dated(dtype: Any, values: Any) -> list[Any]:
 
 
 def _holding(dtype: Any, column: Any) -> Any:
-    """The dtype of pandas; one of categories with those of the column, too."""
+    """The dtype of pandas. If it is categorical, add the categories of the column."""
     categories = getattr(dtype, "categories", None)
     if categories is None:
         return dtype

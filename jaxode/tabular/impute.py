@@ -1,8 +1,8 @@
 """Draw missing values given the rest of a row, by importance resampling.
 
-Modes are proposed column after column, those that are known being kept; numbers by a normal
-distribution given the known ones, where the flow sees them. The weight of a proposal is its
-probability in the model over that of proposing it.
+Missing modes are proposed column after column; missing numbers by a normal distribution given the
+known ones, in the coordinates of the flow. The weight of a proposal is its probability in the model
+over that of proposing it.
 """
 
 from typing import Any
@@ -15,28 +15,33 @@ from jaxtyping import PRNGKeyArray
 from jaxode.tabular import categorical
 from jaxode.tabular.encoding import Cells, Encoded, into_domain, out_of_domain, with_noise
 
-MIN_PROPOSALS = 32  # of a row
-PROPOSAL_WIDTH = 1.3  # factor of their standard deviations, so that their tails are heavier
-ROWS_OF_IMPUTATION = 256  # at a time
+MIN_PROPOSALS = 32  # proposals for a row
+PROPOSAL_WIDTH = 1.3  # times the standard deviation: wide proposals cover the tails of the model
+ROWS_OF_IMPUTATION = 256  # rows that are imputed together
 
 
 def impute(
     table: Any, key: PRNGKeyArray, rows: Encoded, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Modes and numbers of `n` copies of each row, with what is missing drawn by a `Table`, and
-    which rows are impossible whatever is drawn."""
+    """Draw what is missing in `n` copies of each row by a `Table`.
+
+    Returns:
+        Modes and numbers of the copies, and the mask of those whose density is zero whatever is
+        drawn.
+    """
     modes, x = np.zeros((0, len(table.encoder.columns)), int), np.zeros((0, rows.low.shape[1]))
-    parts = [(modes, x, np.zeros(0, bool))]
+    copies = [(modes, x, np.zeros(0, bool))]
     for start in range(0, len(rows.modes), ROWS_OF_IMPUTATION):
-        part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_IMPUTATION], rows)
-        parts.append(_impute(table, jax.random.fold_in(key, start), part, n))
-    modes, x, impossible = (np.concatenate(part) for part in zip(*parts, strict=True))
+        chunk = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_IMPUTATION], rows)
+        copies.append(_impute(table, jax.random.fold_in(key, start), chunk, n))
+    modes, x, impossible = (np.concatenate(leaves) for leaves in zip(*copies, strict=True))
     return modes, x, impossible
 
 
 def _impute(
     table: Any, key: PRNGKeyArray, rows: Encoded, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`impute` of a chunk of rows."""
     encoder, count, proposals = table.encoder, len(rows.modes), max(MIN_PROPOSALS, 4 * n)
     keys = jax.random.split(key, 4)
     rows = jax.tree.map(lambda leaf: np.repeat(leaf, proposals, axis=0), rows)
@@ -45,17 +50,17 @@ def _impute(
     if table.categories is not None:
         columns = [encoder.columns[i] for i in encoder.discrete]
         allowed = np.concatenate([np.arange(c.modes) < c.present for c in columns])
-        known = np.where(missing, -1, rows.modes)[:, encoder.discrete]
-        row_keys = jax.random.split(keys[0], len(known))
+        known_modes = np.where(missing, -1, rows.modes)[:, encoder.discrete]
+        row_keys = jax.random.split(keys[0], len(known_modes))
         drawn, log_known = categorical.sampled_modes(
-            table.categories, row_keys, rows.given, known, allowed
+            table.categories, row_keys, rows.features, known_modes, allowed
         )
         modes[:, encoder.discrete], weights = drawn, np.asarray(log_known, float)
     x = np.zeros((len(modes), 0))
     if table.density is not None:
         x, log_ratio = _drawn_numbers(table, keys[1:3], rows, modes, missing[:, encoder.numbers])
         weights = weights + log_ratio
-    # The largest of weights with Gumbel noise is a draw by the weights.
+    # The proposal with the largest log-weight plus Gumbel noise is a draw by the weights.
     noise = np.asarray(jax.random.gumbel(keys[3], (count, n, proposals)), float)
     weights = weights.reshape(count, 1, proposals)
     finite = np.isfinite(weights)
@@ -66,7 +71,7 @@ def _impute(
 
 
 def _drawn_numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: np.ndarray):
-    """Numbers, with proposals for missing ones, and their log-density over the proposal's."""
+    """Numbers, with proposals for missing ones, and the log-density over that of proposing them."""
     encoder, density = table.encoder, table.density
     in_mode = [encoder.columns[i].is_number(modes[:, i]) for i in encoder.numbers]
     fill = ~np.stack(in_mode, 1)
@@ -77,16 +82,17 @@ def _drawn_numbers(table: Any, keys, rows: Encoded, modes: np.ndarray, missing: 
         proposed, slope = into_domain(encoder.domain, jnp.asarray(v))
         x = jnp.where(missing & ~fill, proposed, x)
         log_noise += log_proposal + jnp.sum(jnp.where(missing & ~fill, slope, 0.0), axis=1)
-    log_prob = density.log_prob(x, context=encoder.context(modes, rows.given))
+    log_prob = density.log_prob(x, context=encoder.context(modes, rows.features))
     return np.asarray(x), np.asarray(log_prob - log_noise, float)
 
 
 def _propose(key, v: np.ndarray, missing: np.ndarray, mean: np.ndarray, cov: np.ndarray):
-    """Normal draws of the missing numbers given the others, and the log-density of each row's."""
+    """Draw the missing numbers given the others by a normal distribution, with the log-density of
+    the draws of each row."""
     draws, log_density = np.array(v), np.zeros(len(v))
     noise = np.asarray(jax.random.normal(key, v.shape), float)
     for pattern in np.unique(missing, axis=0):
-        rows, m, k = (missing == pattern).all(axis=1), pattern, ~pattern
+        rows, m, k = (missing == pattern).all(axis=1), pattern, ~pattern  # missing, known
         if not m.any():
             continue
         gain = cov[np.ix_(m, k)] @ np.linalg.pinv(cov[np.ix_(k, k)], hermitian=True)

@@ -22,8 +22,8 @@ from jaxode.tabular.impute import impute
 from jaxode.tabular.predictions import curves
 from jaxode.tabular.predictions.predictive import Predictive
 
-NOISE_DRAWS = 8  # for the log-probability of a row
-ROWS_OF_LOG_PROB = 10_000  # at a time
+NOISE_DRAWS = 8  # draws of the noise for the log-probability of a row
+ROWS_OF_LOG_PROB = 10_000  # rows that are computed together
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Table:
     density: Density | None
     """The density of standardized numbers with noise in their cells, given `context`."""
     moments: tuple[np.ndarray, np.ndarray] | None
+    """The mean and the covariance of the numbers, which propose missing ones."""
 
     @property
     def kinds(self) -> dict[str, str | tuple[str, float]]:
@@ -47,10 +48,10 @@ class Table:
         of given columns, too. Numbers of few values, modelled as such, are "categorical".
         """
 
-        def is_own(column):
-            return column.grids or column.dates
+        def kind_of(column):
+            return column.kind if column.grids or column.dates else "categorical"
 
-        kinds = {c.name: c.kind if is_own(c) else "categorical" for c in self.encoder.columns}
+        kinds = {c.name: kind_of(c) for c in self.encoder.columns}
         kinds |= {c.name: c.kind for c in self.encoder.given}
         columns = (*self.encoder.columns, *self.encoder.given)
         return kinds | {c.name: ("periodic", c.circle.period) for c in columns if c.circle}
@@ -82,17 +83,17 @@ class Table:
         rows = self.encoder.encode(frames.as_frame("frame", frame))
         draws = integer("draws", draws)
         noise_key = jax.random.key(0) if key is None else check_key(key)
-        parts = [np.zeros(0)]
+        log_probs = [np.zeros(0)]
         for start in range(0, len(rows.modes), ROWS_OF_LOG_PROB):
-            part = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_LOG_PROB], rows)
-            parts.append(self._log_prob(part, draws, noise_key))
-        return np.concatenate(parts)
+            chunk = jax.tree.map(lambda leaf, i=start: leaf[i : i + ROWS_OF_LOG_PROB], rows)
+            log_probs.append(self._log_prob(chunk, draws, noise_key))
+        return np.concatenate(log_probs)
 
     def _log_prob(self, rows: Encoded, draws: int, key: PRNGKeyArray) -> np.ndarray:
         total = rows.log_scale
         if self.categories is not None:
             modes = rows.modes[:, self.encoder.discrete]
-            total = total + np.asarray(categorical.log_probs(self.categories, modes, rows.given))
+            total = total + np.asarray(categorical.log_probs(self.categories, modes, rows.features))
         if self.density is not None:
             total = total + self._log_numbers(self.density, rows, draws, key)
         return np.where(self.encoder.possible(rows), total, -np.inf)
@@ -103,7 +104,7 @@ class Table:
         if not (rows.width.any() or rows.fill.any()):
             draws = 1
         cells = self.encoder.as_cells(rows)
-        # The noise of a row depends on what it holds, not on where it stands.
+        # The noise of a row depends on its values, not on its place.
         keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(_seeds(rows))
         cells = jax.tree.map(lambda leaf: np.repeat(leaf, draws, axis=0), cells)
         by_row = jax.tree.map(lambda leaf: leaf.reshape(-1, draws, leaf.shape[1]), cells)
@@ -111,7 +112,7 @@ class Table:
         x, log_noise = noisy(by_row._replace(context=None), keys)
         x, log_noise = x.reshape(cells.x.shape), log_noise.reshape(-1)
         weights = np.asarray(density.log_prob(x, context=cells.context) - log_noise, float)
-        if len(self.encoder.columns) == 1:  # without a number, the flow has nothing to say
+        if len(self.encoder.columns) == 1:  # then noise stands in for the only number
             weights = np.where(cells.fill[:, 0], 0.0, weights)
         return np.logaddexp.reduce(weights.reshape(-1, draws), axis=1) - math.log(draws)
 
@@ -150,20 +151,21 @@ class Table:
         like = self.encoder.like
         return frames.make(like, {name: data[name] for name in like.columns})
 
-    def _draw(self, key: PRNGKeyArray, given: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    def _draw(self, key: PRNGKeyArray, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Modes, scaled numbers, and a seed for `Encoder.decode`, for each row of features."""
         mode_key, number_key, seed_key = jax.random.split(key, 3)
-        count, encoder = len(given), self.encoder
+        count, encoder = len(features), self.encoder
         modes, x = np.zeros((count, len(encoder.columns)), int), np.zeros((count, 0))
         if self.categories is not None and count:
-            known = np.full((count, len(encoder.discrete)), -1)
+            unknown = np.full((count, len(encoder.discrete)), -1)
             keys = jax.random.split(mode_key, count)
             allowed = np.ones(sum(encoder.sizes), bool)
-            drawn, _ = categorical.sampled_modes(self.categories, keys, given, known, allowed)
+            drawn, _ = categorical.sampled_modes(self.categories, keys, features, unknown, allowed)
             modes[:, encoder.discrete] = drawn
         if self.density is not None:
             x = np.zeros((count, len(encoder.numbers)))
             if count:
-                context = encoder.context(modes, given)
+                context = encoder.context(modes, features)
                 x = np.asarray(self.density.sample(number_key, (count,), context=context))
         return modes, x, int(jax.random.bits(seed_key))
 
@@ -254,9 +256,9 @@ class Table:
             raise ValueError(
                 f"{arg('level')} must be between 0 and 1; got {level}. For 90%, pass 0.9."
             )
-        ends = np.array([(1 - level) / 2, (1 + level) / 2])
+        levels = np.array([(1 - level) / 2, (1 + level) / 2])
         predictive = self._predictive(frame)
-        low, high = predictive.in_units_of_data(predictive.quantile(ends, "level")).T
+        low, high = predictive.in_units_of_data(predictive.quantile(levels, "level")).T
         return low, high
 
     @public("Table.mean", single_precision)
@@ -283,7 +285,7 @@ class Table:
 
 
 def _seeds(rows: Encoded) -> np.ndarray:
-    """A hash of each row."""
-    parts = (rows.modes, rows.low, rows.fill, rows.given)
-    table = np.concatenate([np.asarray(part, float) for part in parts], 1) + 0.0  # no -0.0
+    """A hash of the values of each row."""
+    leaves = (rows.modes, rows.low, rows.fill, rows.features)
+    table = np.concatenate([np.asarray(leaf, float) for leaf in leaves], 1) + 0.0  # no -0.0
     return np.array([zlib.crc32(row.tobytes()) for row in table], np.uint32)

@@ -718,11 +718,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("tabular/fit_table.py", "usable = np.flatnonzero(possible)",
      "known = np.arange(len(possible))"),
     # Levels are judged by the networks that were trained on their rows.
-    ("tabular/fit_table.py", "cells = encoder.as_cells(part.aside)",
-     "cells = encoder.as_cells(part.rows)"),
+    ("tabular/fit_table.py", "cells = encoder.as_cells(split.aside)",
+     "cells = encoder.as_cells(split.rows)"),
     # The numbers are trained as if all rows had one weight.
-    ("tabular/fit_table.py", "InMemory(encoder.as_cells(part.rows), weights=part.weights)",
-     "InMemory(encoder.as_cells(part.rows))"),
+    ("tabular/fit_table.py", "InMemory(encoder.as_cells(split.rows), weights=split.weights)",
+     "InMemory(encoder.as_cells(split.rows))"),
     # The network of an angle sees where it is cut.
     ("tabular/fit_table.py", "base = torus(size, period)", "base = standard_normal(size)"),
     # Categories are imputed by what comes before them alone.

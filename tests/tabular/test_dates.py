@@ -49,7 +49,7 @@ POLARS = {"days": "D", "seconds": "s", "seconds of New York": "s", "date objects
 
 def come_back(native, unit, format=None):
     frame = frames.as_frame("frame", native)
-    dates = Dates.of("day", frame, None, False)
+    dates = Dates.from_column("day", frame, None, False)
     assert (dates.unit, dates.format) == (unit, format)
     numbers, missing, _ = dates.values("frame", frame, "day")
     assert (missing == frame["day"].is_null().to_numpy()).all()
@@ -78,12 +78,14 @@ def test_dates_of_polars_come_back_in_their_type(name):
 
 def test_formats_that_read_the_same_are_one():
     frame = pd.DataFrame({"day": [f"{1 + i} May 2020" for i in range(9)]})
-    assert Dates.of("day", frames.as_frame("frame", frame), None, False).format == "%d %b %Y"
+    assert (
+        Dates.from_column("day", frames.as_frame("frame", frame), None, False).format == "%d %b %Y"
+    )
 
 
 def test_a_time_that_clocks_skip_becomes_the_next():
     frame = frames.as_frame("frame", pd.DataFrame({"day": TYPES["seconds of New York"][0]}))
-    dates = Dates.of("day", frame, None, False)
+    dates = Dates.from_column("day", frame, None, False)
     skipped = dates.numbers(np.array(["2020-03-08T02:30"], "M8[us]"))
     assert dates.objects(skipped)[0].isoformat() == "2020-03-08T03:30:00-04:00"
 
@@ -94,11 +96,11 @@ def test_round_times_are_round_from_midnight():
     )
     some = days.where(RNG.random(N) < 0.9, TIMES)
     frame = frames.as_frame("frame", pd.DataFrame({"day": some, "date": DAYS}))
-    dates = Dates.of("day", frame, None, False)
+    dates = Dates.from_column("day", frame, None, False)
     assert numeric("day", "date", *dates.values("frame", frame, "day")[:2], dates=dates).grids == (
         86400.0, 900.0, 1.0,
     )  # fmt: skip
-    dates = Dates.of("date", frame, None, False)  # a fifth day from the start is not round
+    dates = Dates.from_column("date", frame, None, False)  # a fifth day from the start is not round
     column = numeric("date", "date", *dates.values("frame", frame, "date")[:2], dates=dates)
     assert (column.grids, column.values) == ((1.0,), ())
 
@@ -106,7 +108,7 @@ def test_round_times_are_round_from_midnight():
 def test_given_dates_are_a_number_and_angles():
     days = pd.to_datetime(["2020-01-01 06:00", "2020-07-01 18:00", "2021-01-04 00:00", None])
     frame = frames.as_frame("frame", pd.DataFrame({"day": days}))
-    dates = Dates.of("day", frame, None, True)
+    dates = Dates.from_column("day", frame, None, True)
     assert dates.turns == ("year", "week", "day")
     values, missing, _ = dates.values("frame", frame, "day")
     column = Column("day", "date", (), (0.0,), True, scale=100.0, dates=dates)
@@ -135,7 +137,7 @@ def test_given_dates_are_a_number_and_angles():
 )
 def test_angles_are_those_that_the_data_show(days, turns):
     frame = frames.as_frame("frame", pd.DataFrame({"day": pd.to_datetime(days)}))
-    assert Dates.of("day", frame, None, True).turns == turns
+    assert Dates.from_column("day", frame, None, True).turns == turns
 
 
 GROUP = np.where(RNG.random(N) < 0.3, "a", "b")

@@ -34,7 +34,7 @@ NUMBERS = {
 
 def column_of(name):
     x, period = NUMBERS[name]
-    circle = Circle.of("x", x, period)
+    circle = Circle.from_values("x", x, period)
     return angular("x", x, np.zeros(len(x), bool), circle), x
 
 
@@ -80,19 +80,19 @@ def test_usual_periods():
         60.0: [-30, 29], 360.0: [0, 360],
     }  # fmt: skip
     for period, values in periods.items():
-        circle = Circle.of("x", np.array(values, float), None)
+        circle = Circle.from_values("x", np.array(values, float), None)
         assert circle.period == period
         assert circle.start == (-period / 2 if values[0] < 0 else values == [1, 12])
 
 
 def test_days_of_the_year_stay_from_1():
-    circle = Circle.of("day", np.arange(1.0, 367), 365.25)
+    circle = Circle.from_values("day", np.arange(1.0, 367), 365.25)
     days = np.array([1.0, 365, 366, 367, 0.0])
     np.testing.assert_allclose(circle.wrapped(days, 1.0), [1, 365, 366, 1.75, 365.25])
 
 
 def test_months_stay_from_1_to_12():
-    circle = Circle.of("month", np.arange(1.0, 13), 12)
+    circle = Circle.from_values("month", np.arange(1.0, 13), 12)
     np.testing.assert_array_equal(circle.wrapped(np.array([0.0, 12, 13, 24]), 1.0), [12, 12, 1, 12])
 
 

@@ -90,7 +90,7 @@ def test_categories_have_the_mean_of_the_probabilities_of_several_networks():
     for i, modes in enumerate(rows.modes):
         one_hot = np.zeros(sum(sizes), np.float32)
         one_hot[starts + modes] = 1
-        each = [logits(network, one_hot, rows.given[i]) for network in fitted.categories.members]
+        each = [logits(network, one_hot, rows.features[i]) for network in fitted.categories.members]
         expected[i] = np.log(np.mean(np.exp(each), axis=0))[starts + modes].sum()
     np.testing.assert_allclose(fitted.log_prob(frame), expected, rtol=1e-5)
     drawn = fitted.sample(jax.random.key(1), 2000)

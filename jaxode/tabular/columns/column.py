@@ -1,8 +1,8 @@
 """The columns of a table: each value is a mode, and in some modes a number within a cell.
 
 A mode is a category, a number that is repeated so often that it has a probability of its own, a
-grid that the number lies on, or missing. A cell is what lies between a number and the next one on
-its grid. A density of `number + noise`, with noise in the cell, integrates over it to the
+grid that the number lies on, or missing. A cell is the interval from a number to the next one on
+its grid. The density of `number + noise`, with noise in the cell, integrates over the cell to the
 probability of the number.
 """
 
@@ -21,10 +21,11 @@ from jaxode.tabular.columns.periodic import Circle
 # least this many draws.
 MAX_CLIPPED_SHARE = 0.05
 DRAWS_TO_JUDGE = 200
-# A given column of more modes enters as this many random numbers, which are fixed for each mode.
+# A given column of categories enters as indicators of its modes. If it has more modes than this,
+# each enters as so many random numbers.
 DIRECTIONS = 64
-OTHER = None  # the mode of rare categories
-DISTANCE_FROM_BOUND = 1e-6  # which a number keeps, in standard deviations
+OTHER = None  # stands for rare categories among the values that are modes
+DISTANCE_FROM_BOUND = 1e-6  # least distance of a number from a bound, in standard deviations
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,28 @@ class Column:
     values: tuple[Any, ...]
     """Values that are modes, sorted."""
     grids: tuple[float, ...]
-    """Distances of the numbers on each grid, from coarse to fine; 0 where there is no grid."""
+    """The spacings of grids, from coarse to fine. 0 stands for continuous numbers."""
     missing: bool
     low: float = -np.inf
     high: float = np.inf
     seen: tuple[float, float] = (-np.inf, np.inf)
-    """The least and the largest number in training, between which samples stay."""
+    """The least and the largest number in training. Samples are clipped to them."""
     center: float = 0.0
     scale: float = 1.0
     resolution: float = 0.0
-    """The distance of the decimals that continuous or periodic numbers are rounded to, or 0."""
+    """The spacing of the decimals that continuous or periodic numbers are rounded to, or 0."""
     text: bool = False
     """Whether the frame holds categories, not numbers."""
     pool: dict[Any, float] = field(default_factory=dict)
-    """Rare values that share the last mode of the `values`, and their shares."""
+    """Rare values, which share the last mode of `values`, and the share of each among them."""
     circle: Circle | None = None
     """The period of a periodic column."""
     dates: Dates | None = None
-    """How the numbers of a date column are dates."""
+    """The unit and the start of a date column."""
 
     @property
     def present(self) -> int:
-        """The number of modes but for missing."""
+        """The number of modes, without missing."""
         return len(self.values) + len(self.grids)
 
     @property
@@ -118,7 +119,7 @@ class Column:
         return np.where(missing, mode, mode_of_number), x
 
     def is_number(self, mode: np.ndarray) -> np.ndarray:
-        """Whether there is a number in this mode."""
+        """Mark values whose mode is a grid, so that they have a number."""
         return (mode >= len(self.values)) & (mode < self.present)
 
     def scaled(self, x: Any) -> Any:
@@ -131,11 +132,11 @@ class Column:
 
     @property
     def bounds_with_noise(self) -> tuple[float, float]:
-        """The bounds of scaled numbers with noise in their cells."""
+        """The bounds of scaled numbers plus noise."""
         return self.scaled(self.low), self.scaled(self.high + self.grids[-1])
 
     def cells(self, mode: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The lower ends and widths of scaled cells, and where there is no number."""
+        """The lower ends and widths of scaled cells, and a mask of values without a number."""
         low, width, (first, last) = np.array(x, float), np.zeros(len(x)), self.bounds_with_noise
         for i, grid in enumerate(self.grids):
             on_this = mode == len(self.values) + i
@@ -169,7 +170,7 @@ class Column:
         return self.wrapped(self._next(tidy((multiple + 1) * grid, grid), i, -grid))
 
     def _next(self, x: np.ndarray, i: int, step: float) -> np.ndarray:
-        """The next number that is of no other mode."""
+        """The next multiple of `step` that has no other mode than grid `i`."""
         x = tidy(x + step, step)
         # Multiples beyond the largest are equal to the next.
         while (taken := self._is_other(x, i) & (np.abs(x) < LARGEST_MULTIPLE * abs(step))).any():
@@ -177,6 +178,7 @@ class Column:
         return x
 
     def _is_other(self, x: np.ndarray, i: int) -> np.ndarray:
+        """Mark numbers that are modes, or lie on a coarser grid than `i`."""
         x = self.wrapped(x)
         other = np.isin(x, np.array(self.values, float))
         for grid in self.grids[:i]:

@@ -8,26 +8,32 @@ from typing import Any
 import numpy as np
 
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import first_row
 from jaxode.tabular.columns.formats import format_of, parse, texts_of
 from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 from jaxode.tabular.frames import Values, column_of
 
-UNITS = ("Y", "M", "D", "h", "m", "s", "ms", "us")  # of NumPy, from coarse to fine
-NAMES = ("years", "months", "days", "hours", "minutes", "seconds", "milliseconds", "microseconds")
-DAY, US = np.timedelta64(1, "D"), np.timedelta64(1, "us")
-# What round times are apart.
-ROUND = tuple(np.timedelta64(n, unit) for n, unit in (
+# The units of NumPy in which dates may be counted, from coarse to fine.
+NAMES_OF_UNITS = {
+    "Y": "years", "M": "months", "D": "days", "h": "hours", "m": "minutes", "s": "seconds",
+    "ms": "milliseconds", "us": "microseconds",
+}  # fmt: skip
+UNITS = tuple(NAMES_OF_UNITS)
+DAY = np.timedelta64(1, "D")
+MICROSECOND = np.timedelta64(1, "us")
+ROUND_SPANS = tuple(np.timedelta64(n, unit) for n, unit in (  # spacings of grids of times
     (1, "D"), (1, "h"), (30, "m"), (15, "m"), (1, "m"), (1, "s"), (1, "ms")
 ))  # fmt: skip
 EPOCH = np.datetime64(0, "us")
-YEAR, WEEK = 365.25, 7  # days
+DAYS_OF_YEAR = 365.25
+DAYS_OF_WEEK = 7
 
 
 @dataclass(frozen=True)
 class Dates:
     """Count a unit of time from a date within the data, and return dates of the type read.
 
-    The time that a clock on the wall shows counts, so that a day starts at midnight in its zone.
+    Times are those that a clock on the wall shows: a day starts at midnight in its zone.
     """
 
     zone: str | None
@@ -38,10 +44,10 @@ class Dates:
     unit: str = "us"
     start: np.datetime64 = EPOCH
     turns: tuple[str, ...] = ()
-    """Which of "year", "week" and "day" a given column enters as angles of."""
+    """Those of "year", "week" and "day" in which a given column has an angle."""
 
     @classmethod
-    def of(cls, name: str, frame: Any, format: str | None, is_given: bool) -> "Dates":
+    def from_column(cls, name: str, frame: Any, format: str | None, is_given: bool) -> "Dates":
         """Find the type, the unit and the start of a training column."""
         series = frame[name]
         if series.is_null().all():
@@ -53,9 +59,9 @@ class Dates:
                 f"{arg('kinds')} column {name!r} holds dates, not text; got the format {format!r}. "
                 f"Pass kinds={{{name!r}: 'date'}}."
             )
-        known = series.drop_nulls()
-        some = (known if str(series.dtype) == "Object" else known.head(1)).to_list()
-        days_alone = all(type(date) is datetime.date for date in some)
+        present = series.drop_nulls()
+        examples = (present if str(series.dtype) == "Object" else present.head(1)).to_list()
+        days_alone = all(type(date) is datetime.date for date in examples)
         dates = cls(_zone_of(series), format, days_alone)
         moments, missing = dates.read("frame", frame, name)
         moments = np.sort(moments[~missing])
@@ -75,15 +81,15 @@ class Dates:
 
     @property
     def ratios(self) -> tuple[int, ...]:
-        """How many units the round times are apart: whole days, hours and so on."""
+        """Spacings of the grids of times, in units: whole days, hours and so on."""
         if self.unit in "YMD":
             return ()
         unit = np.timedelta64(1, self.unit)
-        return tuple(int(span / unit) for span in ROUND if span > unit)
+        return tuple(int(span / unit) for span in ROUND_SPANS if span > unit)
 
     @property
     def name_of_unit(self) -> str:
-        return NAMES[UNITS.index(self.unit)]
+        return NAMES_OF_UNITS[self.unit]
 
     def values(self, name: str, frame: Any, column: str) -> Values:
         """A column of a frame, as numbers."""
@@ -91,7 +97,7 @@ class Dates:
         return Values(np.where(missing, np.nan, self.numbers(moments)), missing, False)
 
     def read(self, name: str, frame: Any, column: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of a frame as `datetime64[us]` of wall clocks, and what is missing."""
+        """A column of a frame as `datetime64[us]` of wall clocks, and the mask of missing ones."""
         series = column_of(name, frame, column)
         missing = np.array(series.is_null().to_numpy(), bool)
         moments = np.full(len(missing), self.start)
@@ -114,28 +120,30 @@ class Dates:
                 f"{start} must have {self.zone or 'no'} time zone, as in training; got "
                 f"{zone or 'none'}. Convert it: .dt.tz_localize({self.zone!r})."
             )
-        known = series.drop_nulls()
+        present = series.drop_nulls()
         if self.zone is None:
-            found = known.to_list() if str(series.dtype) == "Object" else known.to_numpy()
+            times = present.to_list() if str(series.dtype) == "Object" else present.to_numpy()
         elif series.implementation.is_pandas_like():
-            found = known.to_native().dt.tz_convert(self.zone).dt.tz_localize(None)
+            times = present.to_native().dt.tz_convert(self.zone).dt.tz_localize(None)
         else:
-            found = known.dt.convert_time_zone(self.zone).dt.replace_time_zone(None).to_numpy()
-        moments[~missing] = np.asarray(found).astype("M8[us]")
+            times = present.dt.convert_time_zone(self.zone).dt.replace_time_zone(None).to_numpy()
+        moments[~missing] = np.asarray(times).astype("M8[us]")
         return moments, missing
 
     def _parsed(self, start: str, texts: list[str], rows: np.ndarray) -> np.ndarray:
+        """The dates of texts, which stand in these rows. `start` begins the message of an error."""
         parsed = {text: parse(text, str(self.format)) for text in dict.fromkeys(texts)}
-        for text, row in zip(texts, rows, strict=True):
-            if parsed[text] is None:
-                raise ValueError(
-                    f"{start} must hold dates of format {self.format!r}; got {text!r} in row {row}."
-                    " Correct it, or make it missing."
-                )
+        first_row(
+            np.array([parsed[text] is None for text in texts], bool),
+            lambda i: (
+                f"{start} must hold dates of format {self.format!r}; got {texts[i]!r} in row "
+                f"{rows[i]}. Correct it, or make it missing."
+            ),
+        )
         return np.array([parsed[text] for text in texts], "M8[us]")
 
     def numbers(self, moments: np.ndarray) -> np.ndarray:
-        """Units since the start; not whole between two units."""
+        """Units since the start; a fraction for a time between two units."""
         if self.unit not in "YM":
             unit = np.timedelta64(1, self.unit)
             return (moments - self.start.astype(f"M8[{self.unit}]")) / unit
@@ -146,21 +154,20 @@ class Dates:
     def moments(self, numbers: np.ndarray) -> np.ndarray:
         """The inverse of `numbers`, for whole numbers: days, or `datetime64` of the unit."""
         start = self.start.astype(f"M8[{self.unit}]")
-        found = start + np.round(numbers).astype(f"m8[{self.unit}]")
-        return found.astype("M8[D]") if self.unit in "YM" else found
+        moments = start + np.round(numbers).astype(f"m8[{self.unit}]")
+        return moments.astype("M8[D]") if self.unit in "YM" else moments
 
     def objects(self, numbers: np.ndarray) -> np.ndarray:
-        """Dates of the type that was read, or texts; None stays."""
-        objects, known = (
-            np.full(len(numbers), None, object),
-            np.array([n is not None for n in numbers], bool),
-        )
-        moments = self.moments(numbers[known].astype(float)).astype("M8[us]").tolist()
-        for row, moment in zip(np.flatnonzero(known), moments, strict=True):
+        """Dates of the type that was read, or texts. None stays None."""
+        objects = np.full(len(numbers), None, object)
+        rows = np.flatnonzero([number is not None for number in numbers])
+        moments = self.moments(numbers[rows].astype(float)).astype("M8[us]").tolist()
+        for row, moment in zip(rows, moments, strict=True):
             objects[row] = self._object(moment)
         return objects
 
     def _object(self, moment: datetime.datetime) -> Any:
+        """A time of wall clocks as a date of the type that was read, or as text."""
         if self.format is not None:
             return moment.strftime(self.format)
         if self.days_alone:
@@ -168,16 +175,18 @@ class Dates:
         if self.zone is None:
             return moment
         zone = _zone(self.zone)
-        # By UTC, a time that the clocks skip becomes the one after it.
+        # By way of UTC, a time that the clocks skip becomes the one after it.
         return moment.replace(tzinfo=zone).astimezone(datetime.UTC).astimezone(zone)
 
     def angles(self, numbers: np.ndarray) -> list[np.ndarray]:
-        """The place of given dates in the year, the week and the day, in turns of 2 pi."""
-        moments = self.start.astype("M8[D]") + (numbers * (DAY / US)).round().astype("m8[us]")
+        """The angles of given dates in the year, the week and the day, where they vary."""
+        moments = self.start.astype("M8[D]") + (numbers * (DAY / MICROSECOND)).round().astype(
+            "m8[us]"
+        )
         days = moments.astype("M8[D]")
         turns = {
-            "year": (days - moments.astype("M8[Y]")) / DAY / YEAR,
-            "week": days.astype(int) % WEEK / WEEK,
+            "year": (days - moments.astype("M8[Y]")) / DAY / DAYS_OF_YEAR,
+            "week": days.astype(int) % DAYS_OF_WEEK / DAYS_OF_WEEK,
             "day": (moments - days) / DAY,
         }
         return [2 * np.pi * turns[name] for name in self.turns]
@@ -185,11 +194,15 @@ class Dates:
     def bounds(self, name: str, bounds: Any) -> Any:
         """Pairs of dates or ISO texts as numbers, rounded inwards to whole units."""
         if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-            return bounds  # which raises where all bounds are checked
-        ends = zip(bounds, (np.ceil, np.floor), strict=True)
-        return [end if end is None else float(f(self._bound(name, end))) for end, f in ends]
+            return bounds  # `kinds._bounds` raises for it
+        pairs = zip(bounds, (np.ceil, np.floor), strict=True)
+        return [
+            None if bound is None else float(inwards(self._bound(name, bound)))
+            for bound, inwards in pairs
+        ]
 
     def _bound(self, name: str, value: Any) -> float:
+        """A date or an ISO text as a number. Raises if it is neither, or has a needless zone."""
         try:
             moment = datetime.datetime.fromisoformat(value) if isinstance(value, str) else value
             if getattr(moment, "tzinfo", None) is not None and self.zone is not None:
@@ -211,7 +224,7 @@ class Dates:
 
 
 def is_date(series: Any) -> bool:
-    """Whether the type of a column is that of dates, or all of its objects are."""
+    """Whether a column has a type of dates, or all of its objects are dates."""
     kind = str(series.dtype).split("(")[0]
     if kind != "Object":
         return kind in ("Date", "Datetime") or _zone_of(series) is not None
@@ -241,16 +254,16 @@ def _zone(name: str) -> datetime.tzinfo:
 
 
 def _turns(moments: np.ndarray, unit: str) -> tuple[str, ...]:
-    """The turns of which sorted moments show more than one place."""
+    """Those of "year", "week" and "day" in which the times differ."""
 
-    def several(places):
+    def differ(places):
         return len(np.unique(places)) > 1
 
     days, fine = moments.astype("M8[D]"), UNITS.index(unit)
     months = moments.astype("M8[M]").astype(int) % 12
-    shown = {
-        "year": several(months),
-        "week": fine >= UNITS.index("D") and several(days.astype(int) % WEEK),
-        "day": fine > UNITS.index("D") and several((moments - days) // np.timedelta64(1, "h")),
+    varies = {
+        "year": differ(months),
+        "week": fine >= UNITS.index("D") and differ(days.astype(int) % DAYS_OF_WEEK),
+        "day": fine > UNITS.index("D") and differ((moments - days) // np.timedelta64(1, "h")),
     }
-    return tuple(name for name, is_shown in shown.items() if is_shown)
+    return tuple(name for name, does_vary in varies.items() if does_vary)

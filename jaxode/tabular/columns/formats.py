@@ -7,32 +7,32 @@ from typing import Any
 
 from jaxode._checks.caller import arg
 
-# Formats of texts that are tried: a date, alone or with a time.
+# Formats of dates to try; each is also tried with a time from `CLOCKS` after it.
 FORMATS = (
     "%Y-%m-%d", "%Y/%m/%d", "%Y.%m.%d", "%Y%m%d", "%Y-%m", "%d %b %Y", "%d-%b-%Y", "%b %d, %Y",
     "%d %B %Y", "%B %d, %Y", "%b-%Y", *(f"{first}{sep}%{year}" for sep in "./-" for year in "Yy"
     for first in (f"%d{sep}%m", f"%m{sep}%d")),
 )  # fmt: skip
 CLOCKS = ("%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%H:%M:%SZ", "%H:%M:%S.%fZ")
-LOOKED_AT = 100  # texts, which tell whether categories are dates or numbers
-MOSTLY = 0.8  # of the texts of a column of numbers are some: the others stand for missing ones
+TEXTS_TO_JUDGE = 100  # categories that tell whether a column holds dates or numbers
+MIN_SHARE_OF_NUMBERS = 0.8  # of texts: the others may stand for missing numbers
 
 
 def cure_of_dates(frame: Any, column: str) -> str:
-    """How to read texts that are dates, or nothing if they are none."""
-    texts = frame[column].drop_nulls().head(LOOKED_AT).to_list()
+    """How to read a column of texts that are dates; empty if they are not."""
+    texts = frame[column].drop_nulls().head(TEXTS_TO_JUDGE).to_list()
     if not all(isinstance(text, str) and re.search(r"\d", text) for text in texts):
         return ""
-    if not (found := _formats(texts)):
+    if not (formats := _formats(texts)):
         return ""
-    kind = "date" if len(found) == 1 else ("date", found[0])
+    kind = "date" if len(formats) == 1 else ("date", formats[0])
     return f"Read it as dates: kinds={{{column!r}: {kind!r}}}."
 
 
 def cure_of_numbers(frame: Any, column: str) -> str:
-    """How to read texts most of which are numbers, or nothing if they are not."""
-    texts = frame[column].drop_nulls().head(LOOKED_AT).to_list()
-    if not texts or sum(map(_is_number, texts)) < MOSTLY * len(texts):
+    """How to read a column of texts of which most are numbers; empty if they are not."""
+    texts = frame[column].drop_nulls().head(TEXTS_TO_JUDGE).to_list()
+    if not texts or sum(map(_is_number, texts)) < MIN_SHARE_OF_NUMBERS * len(texts):
         return ""
     return f"If it holds numbers, pass pandas.to_numeric(frame[{column!r}], errors='coerce'). "
 
@@ -45,6 +45,7 @@ def _is_number(text: Any) -> bool:
 
 
 def texts_of(name: str, series: Any) -> list[str]:
+    """The texts of a column that are not missing. Raises if it holds anything else."""
     texts = series.drop_nulls().to_list()
     if str(series.dtype).startswith("Enum") or not all(isinstance(text, str) for text in texts):
         raise TypeError(
@@ -55,26 +56,27 @@ def texts_of(name: str, series: Any) -> list[str]:
 
 
 def format_of(name: str, texts: list[str]) -> str:
-    found = _formats(texts)
-    if len(found) == 1:
-        return found[0]
+    """The format of all texts. Raises if there is none, or several that differ in meaning."""
+    formats = _formats(texts)
+    if len(formats) == 1:
+        return formats[0]
     start = f"{arg('kinds')} column {name!r} must hold texts of one format of dates"
-    if not found:
+    if not formats:
         raise ValueError(
             f"{start}; got {texts[:3]}. Pass kinds={{{name!r}: ('date', format)}}, with the format "
             "as datetime.strptime has it, or convert the column."
         )
     raise ValueError(
-        f"{start}; got {texts[:3]}, which {' and '.join(found)} read. Pass one: kinds={{{name!r}: "
-        f"('date', {found[0]!r})}}."
+        f"{start}; got {texts[:3]}, which {' and '.join(formats)} read. Pass one: "
+        f"kinds={{{name!r}: ('date', {formats[0]!r})}}."
     )
 
 
 def _formats(texts: list[str]) -> list[str]:
-    """The formats that read all texts, one of those that read the same in them."""
+    """The formats that read all texts; of those that read the same dates, the first."""
     distinct = dict.fromkeys(texts)
-    between = {f"{date}{sep}{clock}" for date in FORMATS for sep in " T" for clock in CLOCKS}
-    formats = [*FORMATS, *sorted(between)] if distinct else []
+    with_time = {f"{date}{sep}{clock}" for date in FORMATS for sep in " T" for clock in CLOCKS}
+    formats = [*FORMATS, *sorted(with_time)] if distinct else []
     for text in distinct:
         formats = [format for format in formats if parse(text, format) is not None]
     meanings = {tuple(parse(text, format) for text in distinct): format for format in formats[::-1]}
@@ -82,6 +84,7 @@ def _formats(texts: list[str]) -> list[str]:
 
 
 def parse(text: str, format: str) -> datetime.datetime | None:
+    """The time of a text in wall-clock time, or None if it has another format."""
     try:
         return datetime.datetime.strptime(text, format).replace(tzinfo=None)
     except ValueError:

@@ -1,8 +1,8 @@
-"""The kind of each column: as asked for, or as its type and values say."""
+"""Find the kind of each column: as the user says, or else as its type and values do."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from jaxode.tabular import frames
 from jaxode.tabular.columns.column import Column
 from jaxode.tabular.columns.dates import Dates, is_date
 from jaxode.tabular.columns.formats import cure_of_dates, cure_of_numbers
-from jaxode.tabular.columns.modes_of_column import angular, numeric, spread
-from jaxode.tabular.columns.modes_of_column import categorical as categorical_column
+from jaxode.tabular.columns.modes_of_column import angular, categorical, numeric, spread
 from jaxode.tabular.columns.multiples import LARGEST_MULTIPLE
 from jaxode.tabular.columns.periodic import TURN, Circle
 from jaxode.tabular.encoding import Encoder
@@ -21,24 +20,43 @@ from jaxode.tabular.encoding import Encoder
 KINDS = ("categorical", "integer", "continuous", "periodic", "date")
 
 
+class Options(NamedTuple):
+    """What the user says of a column."""
+
+    kind: str | None
+    """One of `KINDS`, or None."""
+    period_or_format: Any
+    """The period of a periodic column or the format of dates, or None."""
+    bounds: Any
+    is_given: bool
+    """Whether the density is conditional on the column."""
+
+    @classmethod
+    def from_arguments(cls, kind: Any, bounds: Any, is_given: bool) -> "Options":
+        """Unpack a kind of `tabular.fit`."""
+        kind, period_or_format = kind if isinstance(kind, tuple) else (kind, None)
+        return cls(kind, period_or_format, bounds, is_given)
+
+
 def encoder_of(
     frame: Any,
-    given: Any,
+    given_names: Any,
     kinds: Any,
     bounds: Any,
     other: int | None,
     weights: np.ndarray | None = None,
 ) -> Encoder:
-    """How the rows of a frame become arrays, as the arguments of `tabular.fit` say."""
+    """The encoder of a frame, by the arguments of `tabular.fit`."""
     try:
-        given = (given,) if isinstance(given, str) else tuple(given)
+        is_name = isinstance(given_names, str)
+        given_names = (given_names,) if is_name else tuple(given_names)
     except TypeError:
-        message = f"{arg('given')} must be a list of names of columns; got {given!r}."
+        message = f"{arg('given')} must be a list of names of columns; got {given_names!r}."
         raise TypeError(message) from None
     for name, names in (("kinds", kinds), ("bounds", bounds)):
         if not isinstance(names, dict):
             raise TypeError(f"{arg(name)} must be a dict, by names of columns; got {names!r}.")
-    for name, names in (("given", given), ("kinds", kinds), ("bounds", bounds)):
+    for name, names in (("given", given_names), ("kinds", kinds), ("bounds", bounds)):
         if unknown := [column for column in names if column not in frame.columns]:
             raise ValueError(f"{arg(name)} must name columns of {frame.columns}; got {unknown}.")
     if wrong := {name: kind for name, kind in kinds.items() if not _is_kind(kind)}:
@@ -46,18 +64,19 @@ def encoder_of(
             f"{arg('kinds')} must be one of {KINDS}, ('periodic', period) or ('date', format); got "
             f"{wrong}."
         )
-    modelled = [name for name in frame.columns if name not in given]
+    modelled = [name for name in frame.columns if name not in given_names]
     if not modelled:
         raise ValueError(f"{arg('given')} must leave a column to model; got all of them.")
 
     def columns(names: list[str], is_given: bool) -> tuple[Column, ...]:
-        return tuple(
-            _column(frame, name, kinds.get(name), bounds.get(name), other, is_given, weights)
+        options = {
+            name: Options.from_arguments(kinds.get(name), bounds.get(name), is_given)
             for name in names
-        )
+        }
+        return tuple(_column(frame, name, options[name], other, weights) for name in names)
 
-    features = columns([name for name in frame.columns if name in given], True)
-    return Encoder(frame.head(0), columns(modelled, False), features)
+    given = columns([name for name in frame.columns if name in given_names], True)
+    return Encoder(frame.head(0), columns(modelled, False), given)
 
 
 def _is_kind(kind: Any) -> bool:
@@ -71,59 +90,59 @@ def _is_kind(kind: Any) -> bool:
 
 
 def _column(
-    frame: Any,
-    name: str,
-    kind: Any,
-    bounds: Any,
-    other: int | None,
-    is_given: bool,
-    weights: np.ndarray | None,
+    frame: Any, name: str, options: Options, other: int | None, weights: np.ndarray | None
 ) -> Column:
-    """The column, as its kind, bounds and values say. Raises where they contradict each other."""
-    kind, option = kind if isinstance(kind, tuple) else (kind, None)  # a period, or a format
-    dates = _dates(frame, name, kind, option, is_given)
+    """A column by its values and what the user says of it. Raises where they contradict."""
+    dates = _dates(frame, name, options)
     read = frames.read if dates is None else dates.values
     values, missing, text = read("frame", frame, name)
-    numbers = values[~missing]
-    if not len(numbers):
-        raise ValueError(
-            f"{arg('frame')} column {name!r} must have a value; got none. Leave it out."
-        )
-    if text and kind not in (None, "categorical"):
-        raise ValueError(
-            f"{arg('kinds')} column {name!r} holds categories; got {kind!r}. "
-            f"{cure_of_numbers(frame, name)}Convert it to numbers first."
-        )
-    kind = kind or ("categorical" if text else None)
-    if bounds is not None and (is_given or kind == "categorical"):
-        raise ValueError(
-            f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
-        )
-    if kind == "categorical":
+    numbers, has_missing, is_given = values[~missing], bool(missing.any()), options.is_given
+    _check_options(frame, name, options, text, numbers)
+    if text or options.kind == "categorical":
         cures = (cure_of_dates(frame, name), cure_of_numbers(frame, name)) if text else ("", "")
-        return categorical_column(name, values, missing, other, text, cures, is_given, weights)
-    if kind == "periodic":
-        if bounds is not None:
-            raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
-        circle = Circle.of(name, numbers, option)
+        return categorical(name, values, missing, other, text, cures, is_given, weights)
+    if options.kind == "periodic":
+        circle = Circle.from_values(name, numbers, options.period_or_format)
         if not is_given:
             return angular(name, values, missing, circle)
         scale = circle.period / TURN
-        return Column(name, kind, (), (0.0,), bool(missing.any()), scale=scale, circle=circle)
-    kind = _number_kind(name, kind, numbers, dates)
+        return Column(name, "periodic", (), (0.0,), has_missing, scale=scale, circle=circle)
+    kind = _number_kind(name, options.kind, numbers, dates)
     if is_given:
-        return Column(
-            name, kind, (), (0.0,), bool(missing.any()), center=float(np.median(numbers)),
-            scale=spread(name, numbers, dates), dates=dates,
-        )  # fmt: skip
+        center, scale = float(np.median(numbers)), spread(name, numbers, dates)
+        return Column(name, kind, (), (0.0,), has_missing, center=center, scale=scale, dates=dates)
     if dates is None:
-        low, high = _bounds(name, bounds, numbers)
+        low, high = _bounds(name, options.bounds, numbers)
     else:
-        low, high = _bounds(name, dates.bounds(name, bounds), numbers, dates.show)
+        low, high = _bounds(name, dates.bounds(name, options.bounds), numbers, dates.show)
     return numeric(name, kind, values, missing, low, high, dates)
 
 
+def _check_options(
+    frame: Any, name: str, options: Options, text: bool, present: np.ndarray
+) -> None:
+    """Raise for options that a column with these values cannot have, or if it has no values."""
+    if not len(present):
+        raise ValueError(
+            f"{arg('frame')} column {name!r} must have a value; got none. Leave it out."
+        )
+    if text and options.kind not in (None, "categorical"):
+        raise ValueError(
+            f"{arg('kinds')} column {name!r} holds categories; got {options.kind!r}. "
+            f"{cure_of_numbers(frame, name)}Convert it to numbers first."
+        )
+    if options.bounds is None:
+        return
+    if options.is_given or text or options.kind == "categorical":
+        raise ValueError(
+            f"{arg('bounds')} must be of columns of numbers that are modelled; got {name!r}."
+        )
+    if options.kind == "periodic":
+        raise ValueError(f"{arg('bounds')} must leave periodic columns out; got {name!r}.")
+
+
 def _number_kind(name: str, kind: str | None, numbers: np.ndarray, dates: Dates | None) -> str:
+    """The kind of a column of numbers on a line."""
     if dates is not None:
         return "date"
     whole = bool((numbers == np.round(numbers)).all() and np.abs(numbers).max() <= LARGEST_MULTIPLE)
@@ -135,8 +154,9 @@ def _number_kind(name: str, kind: str | None, numbers: np.ndarray, dates: Dates 
     return kind or ("integer" if whole else "continuous")
 
 
-def _dates(frame: Any, name: str, kind: str | None, format: Any, is_given: bool) -> Dates | None:
-    """How the dates of a column are numbers, if it holds dates."""
+def _dates(frame: Any, name: str, options: Options) -> Dates | None:
+    """The unit and the start of a column of dates; None for another column."""
+    kind = options.kind
     if kind != "date" and not is_date(frame[name]):
         return None
     if kind not in (None, "date"):
@@ -144,12 +164,13 @@ def _dates(frame: Any, name: str, kind: str | None, format: Any, is_given: bool)
             f"{arg('kinds')} column {name!r} holds dates; got {kind!r}. Leave it out of kinds, or "
             "convert the column."
         )
-    return Dates.of(name, frame, format, is_given)
+    return Dates.from_column(name, frame, options.period_or_format, options.is_given)
 
 
 def _bounds(
     name: str, bounds: Any, values: np.ndarray, show: Callable[[float], str] = "{:g}".format
 ) -> tuple[float, float]:
+    """The bounds of a column, infinite where there are none. Raises if a value is outside."""
     if bounds is None:
         return -np.inf, np.inf
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:

@@ -1,4 +1,4 @@
-"""The modes of a column: how its values are told apart before training."""
+"""Find the modes of a training column: categories, repeated numbers and grids."""
 
 import warnings
 from collections import Counter
@@ -11,7 +11,7 @@ from jaxode.tabular.columns.dates import Dates
 from jaxode.tabular.columns.multiples import EPS, LARGEST_MULTIPLE, on_grid
 from jaxode.tabular.columns.periodic import TURN, Circle
 
-FEW_VALUES = 20  # numbers: a column that repeats no more than these is made of modes alone
+FEW_VALUES = 20  # a column of no more different numbers has a mode for each
 # A number is a mode if this share of the rows have it, and it is this many times as frequent as
 # the median of the equally round numbers up to this many steps away.
 MIN_SHARE_OF_MODE = 0.02
@@ -22,17 +22,16 @@ NEIGHBOUR_STEPS = 10
 MIN_SHARE_OF_GRID = 0.05
 MAX_COARSE_GRIDS = 3
 NATS_OF_GRID = 10.0
-GRID_RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)  # of a grid to the finest one
-MAX_DECIMALS = 6  # that numbers may be rounded to
-MIN_REPEATED_SHARE = 0.02  # of the rows: with fewer repetitions, numbers are not rounded
+GRID_RATIOS = (1000, 500, 250, 200, 100, 50, 25, 20, 10, 5, 2)  # spacing over the finest one
+MAX_DECIMALS = 6  # decimals of a number that is taken for rounded
+MIN_REPEATED_SHARE = 0.02  # numbers are not rounded if fewer of the rows repeat one
 # Warn of more categories than this number, or than this share of the rows; raise beyond a larger
 # share. The messages advise to pool categories with fewer than `RARE_ROWS` rows.
 MANY_CATEGORIES = 500
 MANY_CATEGORIES_SHARE = 0.1
 TOO_MANY_CATEGORIES_SHARE = 0.5
 RARE_ROWS = 10
-# Beyond 1000 times the middle half's spread, the spread is that of the middle half.
-OUTLIER_DEVIATIONS = 1000.0
+OUTLIER_DEVIATIONS = 1000.0  # beyond this many times the middle half's spread, use that
 
 
 def categorical(
@@ -45,9 +44,10 @@ def categorical(
     is_given: bool = False,
     weights: np.ndarray | None = None,
 ) -> Column:
-    """A column of categories; those with fewer than `other` rows share a mode.
+    """A column of categories. Those with fewer than `other` rows share a mode.
 
-    By default, those beyond the `MANY_CATEGORIES` most frequent do, unless the column is given.
+    By default, the `MANY_CATEGORIES` most frequent categories of a modelled column have their own
+    modes, and all categories of a given column.
 
     Args:
         name: of the column.
@@ -55,7 +55,7 @@ def categorical(
         missing: which of them are missing.
         other: least number of rows of a category with a mode of its own.
         text: whether the frame holds text.
-        cures: what to advise if the categories are dates, and if they are numbers.
+        cures: advice if the categories are dates, and if they are numbers; empty if they are not.
         is_given: whether the column is conditioned on.
         weights: of the rows, for the shares of pooled categories.
     """
@@ -112,7 +112,7 @@ def numeric(
     high: float = np.inf,
     dates: Dates | None = None,
 ) -> Column:
-    """A column of numbers, with the values that are repeated and the grids that they lie on."""
+    """A column of numbers, with the repeated numbers and the grids of the others as modes."""
     x, has_missing = values[~missing].astype(float), bool(missing.any())
     levels, counts = np.unique(x, return_counts=True)
     is_count = kind in ("integer", "date")
@@ -135,7 +135,7 @@ def numeric(
 
 
 def angular(name: str, values: np.ndarray, missing: np.ndarray, circle: Circle) -> Column:
-    """A periodic column, whose numbers differ by a part of the period."""
+    """A column of numbers on a circle."""
     x, has_missing = values[~missing].astype(float), bool(missing.any())
     levels = np.unique(x)
     finest = 1.0 if on_grid(levels, 1.0).all() else _resolution(levels, len(x))
@@ -144,7 +144,7 @@ def angular(name: str, values: np.ndarray, missing: np.ndarray, circle: Circle) 
         resolution = _without_density(few, finest)
         return Column(name, "periodic", few, (), has_missing, resolution=resolution, circle=circle)
     if finest and not circle.is_divided_by(finest):
-        # A grid with a short last cell, which no value interrupts.
+        # The period ends within a cell, so that the last cell is short, and nothing else is a mode.
         circle, atoms, grids = circle.from_grid(finest), (), (finest,)
     else:
         atoms, _, grids = _modes(levels, counts, finest, GRID_RATIOS, circle.period)
@@ -155,13 +155,13 @@ def angular(name: str, values: np.ndarray, missing: np.ndarray, circle: Circle) 
 
 
 def _few(levels: np.ndarray, count: int) -> tuple[float, ...] | None:
-    """All numbers, if there are few that repeat."""
+    """All of the numbers if they are few and repeat; else None."""
     few = len(levels) <= FEW_VALUES and count > 5 * len(levels)
     return tuple(map(float, levels)) if few else None
 
 
 def _without_density(atoms: tuple[float, ...], resolution: float) -> float:
-    """No resolution for a constant, which has no density, but a probability of one."""
+    """The resolution; 0 for a constant, which has a probability of one and no density."""
     return 0.0 if len(atoms) == 1 else resolution
 
 
@@ -172,7 +172,7 @@ def _modes(
     ratios: tuple[int, ...],
     period: float = 0.0,
 ) -> tuple[tuple[float, ...], np.ndarray, tuple[float, ...]]:
-    """The numbers that are modes, which levels lie on grids instead, and these grids."""
+    """The numbers that are modes, a mask of the other levels, and the grids of those."""
     often = counts >= max(MIN_SHARE_OF_MODE * counts.sum(), 3)
     atoms = _repeated(levels, counts, often, finest, ratios)
     on_grids = ~np.isin(levels, atoms)
@@ -200,7 +200,7 @@ def spread(name: str, x: np.ndarray, dates: Dates | None = None) -> float:
 
 
 def _resolution(levels: np.ndarray, count: int) -> float:
-    """The distance of decimals that the numbers are rounded to, or 0 if they do not repeat."""
+    """The spacing of the decimals that numbers are rounded to, or 0 if they are not."""
     if len(levels) > (1 - MIN_REPEATED_SHARE) * count:
         return 0.0
     for digits in range(MAX_DECIMALS + 1):
@@ -217,7 +217,7 @@ def _repeated(
     finest: float,
     ratios: tuple[int, ...],
 ) -> tuple[float, ...]:
-    """Numbers with a probability of their own."""
+    """The numbers that are far more frequent than equally round neighbours."""
     atoms = []
     for value, count in zip(levels[often], counts[often], strict=True):
         grid = _roundness(value, finest, ratios)

@@ -1,19 +1,19 @@
-"""Multiples of a distance."""
+"""Multiples of the spacing of a grid."""
 
 import numpy as np
 
 EPS = np.finfo(float).eps
-LARGEST_MULTIPLE = 2.0**50  # integers, which double precision and its rounding tell apart
+LARGEST_MULTIPLE = 2.0**50  # up to this, double precision tells multiples apart after rounding
 
 
 def on_grid(x: np.ndarray, grid: float) -> np.ndarray:
-    """Which numbers are multiples of the distance, up to rounding."""
+    """Mark numbers that are multiples of the spacing, up to rounding."""
     if not grid:
         return np.ones(np.shape(x), bool)
     return np.abs(x - tidy(x, grid)) <= 2 * EPS * np.abs(x)
 
 
 def tidy(x: np.ndarray, grid: float) -> np.ndarray:
-    """Multiples of the distance as a decimal would be read."""
+    """The closest multiples of the spacing, as their decimals would be read."""
     multiple = np.round(x / grid)
     return multiple / round(1 / abs(grid)) * np.sign(grid) if abs(grid) < 1 else multiple * grid

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-CURVE_DEVIATIONS = 4.5  # of the base, to which a curve reaches on either side
-POINTS_PER_ROUND = 16  # that a round of refinement adds to a curve
-MAX_AREA = 0.03  # of the rectangle of two neighbours, in units of the spread: else refine
-POINTS_BETWEEN = 8  # of a straight line between two points
+CURVE_DEVIATIONS = 4.5  # standard deviations of the base that a curve reaches to either side
+POINTS_PER_ROUND = 16  # points that a round of refinement adds to a curve
+MAX_AREA = 0.03  # refine if a rectangle between two neighbours is larger, in spreads of the curve
+POINTS_BETWEEN = 8  # points on the line between two neighbours
 
 
 def refined(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers between those of a curve, most where it is coarse; and which rows are coarse.
+    """Numbers to add to a curve, most of them where it is coarse; and the mask of coarse rows.
 
-    The curve increases, so it lies within the rectangles of neighbours, whose areas are the error
-    of an integral at most. Their sum is least with so many points in each as its root.
+    The curve increases, so it lies within the rectangles of neighbours, and their areas bound the
+    error of an integral. The bound is least if the new points fall in proportion to their roots.
     """
     area = np.diff(q, axis=1) * np.diff(x, axis=1)
     middle = 0.5 * (q[:, 1:] + q[:, :-1])
@@ -25,7 +25,7 @@ def refined(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def points_between(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and weights of a curve that is straight between its points, in units of the base."""
+    """Values and weights of a curve that is straight between points of values and deviates."""
     from scipy.special import ndtr, ndtri
 
     z = np.clip(ndtri(q), -CURVE_DEVIATIONS, CURVE_DEVIATIONS)[..., None]

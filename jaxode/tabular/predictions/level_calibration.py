@@ -1,8 +1,9 @@
-"""Levels that hold on rows which trained no network: another base in place of the normal one.
+"""Calibrate levels on rows that trained no network, by another base than the normal one.
 
 The flow maps a number to `z` at the base. If its levels are right, `z` of new rows is normal. If
-not, a monotone map `w(z)` makes it so, and the base is the density of the `z` whose `w` is normal:
-then densities, levels, quantiles and samples are all of one distribution, which is normalized.
+not, fit a monotone map `w(z)` that is normal on new rows, and take as base the density of a `z`
+whose `w` is normal. So densities, levels, quantiles and samples are those of one normalized
+distribution.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from jaxode.flows.bases import StandardNormal
 from jaxode.flows.cnf import CNF
 
 STANDARD_NORMAL = StandardNormal((1,))
-MIN_CALIBRATION_ROWS = 10  # of equal weight
-LEAST_LEVEL = 1e-7  # of a single number in float32 that is neither 0 nor 1
+MIN_CALIBRATION_ROWS = 10  # rows of equal weight that a calibration needs
+LEAST_LEVEL = 1e-7  # clip levels by this, which float32 tells apart from 0 and 1
 
 
 class Calibrated(eqx.Module):
@@ -58,12 +59,12 @@ def calibrated(
     levels: Float[np.ndarray, " rows"],
     weights: Float[np.ndarray, " rows"] | None = None,
 ) -> Density:
-    """The density with a base for which these levels, of rows that did not train it, are uniform.
+    """Give the density a base in which these levels are uniform.
 
     Args:
         density: of one number, with a normal base.
-        levels: `density.cdf` of at least ten rows.
-        weights: of these rows. None for equal ones.
+        levels: `density.cdf` of at least ten rows that did not train it.
+        weights: of these rows, None for equal ones.
     """
     levels = levels if weights is None else _of_equal_weight(levels, weights)
     z = np.asarray(
@@ -77,8 +78,8 @@ def calibrated(
 def _of_equal_weight(
     levels: Float[np.ndarray, " rows"], weights: Float[np.ndarray, " rows"]
 ) -> Float[np.ndarray, " fewer"]:
-    """Levels with the distribution of the weighted ones, as many as the weights are worth
-    (Kish, 1965, Survey Sampling)."""
+    """Levels of equal weight with the distribution of the weighted ones. Their number is the
+    effective sample size (Kish, 1965, Survey Sampling)."""
     order, part = np.argsort(levels), weights / weights.max()
     part = part / part.sum()
     count = round(1 / np.sum(part**2))

@@ -1,10 +1,10 @@
 """The distribution of one modelled number given the other columns.
 
-It is a mixture of atoms, which are numbers that are repeated, and of a density for each grid. A
-density of one number has exact levels and quantiles, one solve each. So the quantile of atoms and
-one grid takes the levels at the atoms, and then one quantile of the density; that of several grids
-is searched for (`several_grids.py`). Means and scores are sums over points of the curve of level
-and value, which are dense where it is steep, and where it is flat.
+It is a mixture of atoms, which are repeated numbers, and of a density for each grid. A density of
+one number has exact levels and quantiles, one solve each. So the quantile of atoms and one grid
+takes the levels at the atoms, and then one quantile of the density; `several_grids.py` searches for
+that of several grids. Means and scores are sums over points of the curve of level and value, which
+are dense where it is steep and where it is flat.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ from jaxode.tabular.predictions.curves import (
 )
 from jaxode.tabular.predictions.several_grids import GridMixture
 
-CURVE_NODES = 33  # quantiles that a curve starts from
-CURVE_ROUNDS = 3  # that refine a curve
+CURVE_NODES = 33  # quantiles of a curve before refinement
+CURVE_ROUNDS = 3  # rounds of refinement of a curve
 MIN_GRID_SHARE = 1e-6  # probability below which a grid does not count
-LOWEST_LEVEL = 1e-30  # of a density that is solved for, in single precision, too
+LOWEST_LEVEL = 1e-30  # least level to solve for: single precision holds it
 TAIL_ROUNDING = 0.01  # relative change of a tail that rounding its level may cause
-INFINITE_FROM = 1e30  # scaled numbers beyond are infinite
-ROWS_OF_PREDICTION = 1000  # at a time
-ROWS_MULTIPLE = 64  # to which the numbers of rows are padded, so that few sizes compile
+INFINITE_FROM = 1e30  # scaled numbers beyond this count as infinite
+ROWS_OF_PREDICTION = 1000  # rows that are predicted together
+ROWS_MULTIPLE = 64  # refine multiples of this many rows, so that few sizes compile
 
 
 class Grid(NamedTuple):
@@ -46,9 +46,9 @@ class Grid(NamedTuple):
 
     index: int
     rows: np.ndarray
-    """`[rows]`, their numbers in the frame."""
+    """`[rows]`: the places of the rows in the frame."""
     share: np.ndarray
-    """`[rows]`, its probability."""
+    """`[rows]`: the probability of the grid."""
     context: Any
 
     def take(self, rows: np.ndarray) -> "Grid":
@@ -69,11 +69,11 @@ class Predictive:
     ):
         self.column, self.encoder, self.density = _target(encoder), encoder, density
         self.frame = frames.as_frame("frame", frame)
-        self.given = encoder.features(self.frame)
+        self.features = encoder.features(self.frame)
         self.atoms = np.array(self.column.values, float)
-        shares = np.ones((len(self.given), self.column.present))
+        shares = np.ones((len(self.features), self.column.present))
         if categories is not None:
-            shares = np.exp(np.asarray(_log_shares(categories, self.given), float))
+            shares = np.exp(np.asarray(_log_shares(categories, self.features), float))
             if (wrong := ~np.isfinite(shares).all(axis=1)).any():
                 raise self._failure(int(np.argmax(wrong)))
         shares = shares[:, : self.column.present]
@@ -95,7 +95,7 @@ class Predictive:
         return values.astype(float)
 
     def in_units_of_data(self, y: np.ndarray) -> np.ndarray:
-        """Numbers as they are, or as dates."""
+        """Numbers in the units of the data, or dates."""
         return y if self.column.dates is None else self.column.dates.moments(y)
 
     def refuse_dates(self) -> None:
@@ -113,7 +113,7 @@ class Predictive:
     def quantile(self, levels: np.ndarray, name: str = "q") -> np.ndarray:
         """The least numbers that reach these levels of the argument `name`, `[rows, levels]`."""
         if not levels.size:
-            return np.zeros((len(self.given), 0))
+            return np.zeros((len(self.features), 0))
         if self.column.grids:
             _check_tails(name, levels)
         # Errors of solves may swap quantiles at levels that are hardly apart.
@@ -122,21 +122,21 @@ class Predictive:
         return np.maximum.accumulate(y, axis=1)[:, np.argsort(order)]
 
     def integrate(self, f: Callable[..., np.ndarray], *rows: np.ndarray) -> np.ndarray:
-        """A function of sorted values, their weights, and further arrays `[rows, ...]`."""
+        """Call `f` with sorted values, their weights, and these arrays `[rows, ...]`, in chunks."""
         return self._in_chunks(lambda chunk: f(*self._points(chunk), *[x[chunk] for x in rows]))
 
     def _in_chunks(self, f: Callable[[slice], np.ndarray]) -> np.ndarray:
-        """A function of chunks of rows."""
-        starts = range(0, max(len(self.given), 1), ROWS_OF_PREDICTION)
+        """Call `f` with chunks of rows, and join its results."""
+        starts = range(0, max(len(self.features), 1), ROWS_OF_PREDICTION)
         return np.concatenate([f(slice(start, start + ROWS_OF_PREDICTION)) for start in starts])
 
     def _grids(self, chunk: slice) -> list[Grid]:
-        """The grids that count in these rows."""
-        first, features = len(self.atoms), self.given[chunk]
+        """The grids with a probability that counts in these rows."""
+        first, features = len(self.atoms), self.features[chunk]
         shares = self.shares[chunk, first:].T
         indices = [i for i, share in enumerate(shares) if share.max(initial=0) > MIN_GRID_SHARE]
         modes = [np.full((len(features), 1), first + i) for i in indices]
-        rows = np.arange(len(self.given))[chunk]
+        rows = np.arange(len(self.features))[chunk]
         return [
             Grid(i, rows, shares[i], self.encoder.context(mode, features))
             for i, mode in zip(indices, modes, strict=True)
@@ -147,8 +147,8 @@ class Predictive:
         grids = self._grids(chunk)
         mixture = self._mixture(chunk, grids)
         mixture = mixture._replace(atoms=mixture.atoms[:, None], shares=mixture.shares[..., None])
-        ends = mixture.ends_of_cells(y)
-        levels = [self._levels(grid, end) for grid, end in zip(grids, ends, strict=True)]
+        scaled = mixture.ends_of_cells(y)
+        levels = [self._levels(grid, x) for grid, x in zip(grids, scaled, strict=True)]
         return np.clip(mixture.level(y, np.array(levels).reshape(-1, *y.shape)), 0.0, 1.0)
 
     def _quantiles(self, chunk: slice, levels: np.ndarray) -> np.ndarray:
@@ -303,6 +303,7 @@ class Predictive:
 
 
 def _check_tails(name: str, levels: np.ndarray) -> None:
+    """Raise for levels so close to 1 that the precision of the density rounds them too far."""
     wrong = np.abs(_stored(levels) - levels) > TAIL_ROUNDING * np.minimum(levels, 1 - levels)
     first_row(
         wrong,
@@ -314,20 +315,22 @@ def _check_tails(name: str, levels: np.ndarray) -> None:
 
 
 def _eps() -> float:
+    """The spacing of the density's floats above 1."""
     return float(jnp.finfo(floating_dtype(float)).eps)
 
 
 def _clipped(levels: np.ndarray) -> np.ndarray:
-    """Levels that the density tells apart from 0 and 1."""
+    """Levels clipped to those that the density tells apart from 0 and 1."""
     return np.clip(levels, LOWEST_LEVEL, 1 - _eps() / 2)
 
 
 def _stored(x: np.ndarray) -> np.ndarray:
-    """The numbers as the density sees them."""
+    """Numbers in the precision of the density."""
     return x.astype(floating_dtype(x.dtype)).astype(float)
 
 
 def _target(encoder: Encoder) -> Column:
+    """The one modelled column. Raises unless it holds numbers on a line."""
     column = encoder.columns[0]
     if len(encoder.columns) > 1 or column.kind == "categorical":
         kinds = {column.name: column.kind for column in encoder.columns}
@@ -344,7 +347,7 @@ def _target(encoder: Encoder) -> Column:
 
 
 _log_shares: Callable[..., Any] = jax.jit(
-    lambda network, given: jax.vmap(lambda row: network.logits(jnp.zeros(sum(network.sizes)), row))(
-        given
-    )
+    lambda network, features: jax.vmap(
+        lambda row: network.logits(jnp.zeros(sum(network.sizes)), row)
+    )(features)
 )

@@ -1,9 +1,10 @@
 """Quantiles of a mixture of atoms and several grids, in few solves.
 
-The level of a number is that of the atoms, and a sum over the grids, each of whose levels takes a
-solve. As normal deviates, these are nearly straight lines. So a step takes the quantile of the
-lines, solves for the levels there, and turns the lines to meet them: a secant method for each grid.
-A number that falls short of the level, and one that reaches it, enclose the quantile all the time.
+The level of a number is that of the atoms plus a sum over the grids, each of which takes a solve.
+As normal deviates, the levels of a grid are nearly a straight line. So a step takes the quantile
+that the lines imply, solves for the levels there, and moves the lines through them: a secant method
+for each grid. An interval from a number that falls short of the level to one that reaches it always
+holds the quantile.
 """
 
 from collections.abc import Callable
@@ -14,23 +15,24 @@ import numpy as np
 from jaxode.tabular.columns.column import Column
 from jaxode.tabular.columns.multiples import tidy
 
-# Accept a step that misses its level by this share of the tail beyond it. From there, the lines
-# miss by less than a solve does; beside narrow peaks, by this share at most.
+# Accept a step that misses its level by this share of the tail beyond it. Then the lines lead to
+# the quantile with less error than a solve has, and beside narrow peaks with this share at most.
 MISS_OF_TAIL = 0.01
-MAX_TAIL = 0.05  # probability that a tail counts for in `MISS_OF_TAIL`
-LINE_SPACING = 2e-3  # deviates between the points of a line: many times the error of a solve
-LARGEST_DEVIATE = 38.0  # whose level is not zero in double precision
-LEAST_SLOPE = 1e-9  # of a line, in deviates per scaled number
-STEPS_PER_BISECTION = 3  # one of this many steps halves the interval around the quantile
-NUMBERS_MULTIPLE = 128  # of numbers solved for at once: few sizes compile
+MAX_TAIL = 0.05  # largest probability of a tail that `MISS_OF_TAIL` is a share of
+LINE_SPACING = 2e-3  # least deviates between the points of a line: many errors of a solve
+LARGEST_DEVIATE = 38.0  # the levels of larger deviates are 0 in double precision
+LEAST_SLOPE = 1e-9  # slope of a line, in deviates per scaled number
+STEPS_PER_BISECTION = 3  # every third step halves the interval instead
+NUMBERS_MULTIPLE = 128  # solve for multiples of this many numbers, so that few sizes compile
 
 
 class Lines(NamedTuple):
-    """Normal deviates of the levels of each grid, `[grids, *numbers]`."""
+    """For each grid and number, a line of the normal deviates of levels, `[grids, *numbers]`."""
 
     x: np.ndarray
-    """Scaled numbers at which the deviates are known."""
+    """A scaled number on each line."""
     z: np.ndarray
+    """The deviate there."""
     slope: np.ndarray
 
     @classmethod
@@ -60,19 +62,20 @@ class GridMixture(NamedTuple):
 
     column: Column
     atoms: np.ndarray
-    """`[*numbers, atoms]`."""
+    """`[*numbers, atoms]`: the probabilities of atoms."""
     shares: np.ndarray
-    """`[grids, *numbers]`."""
+    """`[grids, *numbers]`: the probabilities of grids."""
     grids: list[int]
+    """The places of these grids in `column.grids`."""
 
     def ends_of_cells(self, y: np.ndarray) -> np.ndarray:
-        """`[grids, *numbers]`: below which scaled numbers are at most `y` on each grid."""
+        """Scaled numbers below which values are at most `y` on each grid, `[grids, *numbers]`."""
         column = self.column
         numbers = [sum(column.cell(y, i)) if column.grids[i] else y for i in self.grids]
         return column.scaled(np.array(numbers).reshape(len(numbers), *y.shape))
 
     def level(self, y: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """The probability of at most `y`, from the levels of each grid at its end."""
+        """The probability of at most `y`, from the level of each grid at `ends_of_cells`."""
         below = np.array(self.column.values, float) <= y[..., None]
         return np.sum(self.atoms * below, axis=-1) + np.sum(self.shares * levels, axis=0)
 
@@ -82,7 +85,7 @@ class GridMixture(NamedTuple):
 
 
 def deviates(levels: np.ndarray) -> np.ndarray:
-    """Finite normal deviates."""
+    """The normal deviates of levels, clipped to finite ones."""
     from scipy.special import ndtri  # as JAX does
 
     return np.clip(ndtri(levels), -LARGEST_DEVIATE, LARGEST_DEVIATE)
@@ -95,7 +98,7 @@ def _ndtr(z: np.ndarray) -> np.ndarray:
 
 
 def wide_enough(levels: np.ndarray) -> np.ndarray:
-    """The levels, with another one at the end if they are too close for the slope of a line."""
+    """The levels. Append one if they are too close to give the slope of a line."""
     z = deviates(levels)
     return levels if np.ptp(z) > 1 else np.append(levels, _ndtr(z[0] - np.copysign(1, z[0])))
 
@@ -152,7 +155,7 @@ def quantiles(
 
 
 def _has_integers_between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Whether there are integers in between. Beyond 2^53, floats are further apart than one."""
+    """Mark intervals with an integer inside. Floats beyond 2^53 are more than one apart."""
     middle = np.floor((low + high) / 2)
     return (low < middle) & (middle < high)
 
@@ -160,7 +163,7 @@ def _has_integers_between(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def _bisected(
     reach: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """The least integers, up to the upper ends, that reach a level."""
+    """The least integers in `(low, high]` that reach a level, by bisection."""
     while (between := _has_integers_between(low, high)).any():
         middle = np.floor((low + high) / 2)
         enough = reach(middle)
