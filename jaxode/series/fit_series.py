@@ -1,4 +1,5 @@
-"""`series.fit`: train by the likelihood of series, and keep what is best on series set aside."""
+"""`series.fit`: maximize the likelihood of series, and keep the network that is best on series
+set aside."""
 
 import dataclasses
 import time
@@ -18,7 +19,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.sharding import axes_of, mean_over, row_numbers
 from jaxode.series.series_model import Series, log_probs
-from jaxode.series.series_network import Observed, Seen, SeriesNetwork
+from jaxode.series.series_network import Observed, Readings, SeriesNetwork
 from jaxode.series.units import Units, check_context, check_series, recalled
 from jaxode.training.dataset import split_rows
 from jaxode.training.devices import Devices
@@ -29,12 +30,14 @@ from jaxode.training.sources import InMemory, Rows
 
 SERIES_RATE = 8e-3  # of Adam
 SERIES_DECAY = 2.0  # of weights, times the rate
-SERIES_BATCH = 64  # series of a step
+SERIES_BATCH = 64  # series in a step
 SERIES_WARM_UP = 50  # steps until the full rate
 SERIES_DROPOUT = 0.35  # share of hidden units that a step leaves out
-# Most series of a step are read with values hidden; the loss counts all values.
-THINNED_SHARE = 0.95  # of the series of a step
-CUT_SHARE = 0.5  # of those: all values after a drawn time are hidden
+# Most series are read with values hidden; the loss counts all values.
+HIDING_SHARE = 0.95  # share of the series in a step that hide values
+CUT_SHARE = (
+    0.5  # share of those that hide all values from some time on; the others hide some of all
+)
 
 
 @public("series.fit")
@@ -59,9 +62,9 @@ def fit(
     that sees the values, which of them are there, and how surprising they were. Just before each
     jump, the state gives a mixture of normals of all channels, whose gaps are integrated out in
     closed form: the likelihood of a series is exact, and training maximizes it, in the loop of
-    `jaxode.fit`. Most series in a step are read without some of their values, or up to some time,
-    and scored at all. The law of a series may depend on the time since its first observation, not
-    on the clock.
+    `jaxode.fit`. Most series in a step are read with values hidden, or up to some time; the loss
+    counts all of their values. The law of a series may depend on the time since its first
+    observation, not on the clock.
 
     Args:
         ts: times in any unit, `[rows, times]`, increasing within a row. A shorter row repeats its
@@ -78,7 +81,7 @@ def fit(
             part, per median span of a series. A module such as `eqx.nn.MLP`, whose arrays are
             trained.
         jump: likewise, `jump(h, seen, key)`: the state after an observation. `seen` has `surprise`,
-            `sd`, `there`, `y` `[channels]`, in standardized units, and `gap` `[1]`, see
+            `sd`, `there`, `y` `[channels]`, in standardized units, and `gap` `[1]`; see
             `jaxode.series.series_network.Observed`. `key` is for dropout, and None outside of
             training.
         mesh: devices of one process to train on, as for `jaxode.fit`.
@@ -99,15 +102,15 @@ def fit(
     check_bool("progress", progress)
     size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
     split_key, network_key, key = jax.random.split(check_key(key), 3)
-    part, aside = _split(len(ts), validation, split_key)
-    data = _Data(Units.of(ts, ys, context), ts, ys, context)
-    seen, given = data.scaled(part)
+    rows, aside = _split(len(ts), validation, split_key)
+    data = _Data(Units.from_series(ts, ys, context), ts, ys, context)
+    readings, standardized = data.rows(rows)
     columns = 0 if context is None else context.shape[1]
-    gap, recall = data.units.gap, recalled(seen)
+    gap, recall = data.units.gap, recalled(readings)
     network = SeriesNetwork.make(network_key, columns, size, gap, recall, SERIES_DROPOUT)
-    model = Series(_with_own(network, field, jump), data.units)
-    batch_size = min(SERIES_BATCH, len(part))
-    source = InMemory(Rows(seen.y, (seen.dt, seen.there, given)))
+    model = Series(_with_modules(network, field, jump), data.units)
+    batch_size = min(SERIES_BATCH, len(rows))
+    source = InMemory(Rows(readings.y, (readings.dt, readings.is_observed, standardized)))
     plan = Plan(limits, batch_size, progress=progress, devices=Devices.from_mesh(mesh, batch_size))
     if plan.devices.several_processes:
         raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
@@ -139,83 +142,88 @@ def _train(run: Training, phase: Phase, plan: Plan) -> None:
 
 
 class _Data(NamedTuple):
-    """The series in the units of the user, and the units that scale them for the network."""
+    """Series in the units of the user, and the units that standardize them."""
 
     units: Units
     ts: Float[np.ndarray, "rows times"]
     ys: Float[np.ndarray, "rows times channels"]
     context: Float[np.ndarray, "rows columns"] | None
 
-    def scaled(self, rows: np.ndarray) -> tuple[Seen, Any]:
-        """The chosen series and their contexts, as the network reads them."""
-        context = None if self.context is None else self.context[rows]
-        return self.units.seen(self.ts[rows], self.ys[rows]), self.units.known(context, len(rows))
+    def rows(self, rows: np.ndarray) -> tuple[Readings, Any]:
+        """The chosen series, and their contexts, for the network."""
+        units, context = self.units, None if self.context is None else self.context[rows]
+        readings = units.readings(self.ts[rows], self.ys[rows])
+        return readings, units.standardized(context, len(rows))
 
     def loss_on(self, rows: np.ndarray) -> Callable[[SeriesNetwork], float]:
-        """The negative log-likelihood per value of the chosen series, in units of the user."""
-        held_out, is_observed = (
-            jax.tree.map(jnp.asarray, self.scaled(rows)),
-            ~np.isnan(self.ys[rows]),
-        )
-        shift = np.sum(is_observed * np.log(self.units.sd))
+        """The mean loss of a value of the chosen series, in nats, in the units of the user."""
+        validation = jax.tree.map(jnp.asarray, self.rows(rows))
+        is_observed = ~np.isnan(self.ys[rows])
+        log_units = np.sum(is_observed * np.log(self.units.sd))
 
         def loss(network):
-            nats = np.asarray(log_probs(network, *held_out), float).sum() - shift
+            nats = np.asarray(log_probs(network, *validation), float).sum() - log_units
             return float(-nats / is_observed.sum())
 
         return loss
 
 
-def _with_own(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:
-    """The network with the user's in place of its own."""
+def _with_modules(network: SeriesNetwork, field: Any, jump: Any) -> SeriesNetwork:
+    """Put the field and the jump of the user in the network, if there are any."""
     h, values = network.start, jnp.zeros_like(network.recall)
-    seen = Observed(values, values, values, values, jnp.zeros(1))
-    own = {"push": ("field", field, (h,)), "jump": ("jump", jump, (h, seen, None))}
-    for place, (name, f, args) in own.items():
-        if f is None:
+    observed = Observed(values, values, values, values, jnp.zeros(1))
+    modules = {"push": ("field", field, (h,)), "jump": ("jump", jump, (h, observed, None))}
+    for attribute, (name, module, args) in modules.items():
+        if module is None:
             continue
-        out = eqx.filter_eval_shape(f, *args)
-        if getattr(out, "shape", None) != h.shape or out.dtype != h.dtype:
+        result = eqx.filter_eval_shape(module, *args)
+        if getattr(result, "shape", None) != h.shape or result.dtype != h.dtype:
             raise ValueError(
                 f"{arg(name)} must return an array {h.dtype}{list(h.shape)}, as the state h; got "
-                f"{out}. Pass size= for another state."
+                f"{result}. Pass size= for another state."
             )
-        network = dataclasses.replace(network, **{place: f})
+        network = dataclasses.replace(network, **{attribute: module})
     return network
 
 
 def _split(rows: int, validation: Any, key: PRNGKeyArray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows to train on, and those set aside."""
+    """Draw the rows to train on, and those set aside."""
     if rows < 3:
         raise ValueError(
             f"{arg('ts')} must have at least three series, since some are set aside; got {rows}. "
             "Cut a long series into several."
         )
-    (parts,) = split_rows(validation, np.asarray(jax.random.permutation(key, rows)), 1)
-    train, aside = map(np.sort, parts)
+    (split,) = split_rows(validation, np.asarray(jax.random.permutation(key, rows)), 1)
+    train, aside = map(np.sort, split)
     return train, aside
 
 
 def _loss(network: SeriesNetwork, x: Any, context: Any, key: PRNGKeyArray) -> Float[Array, ""]:
-    """Negative log-likelihood per value of a batch, whose network reads the values of `fed`."""
-    dt, there, context_rows = context
+    """The mean loss of a value in a batch, in nats. The network reads some of those before it."""
+    dt, is_observed, context = context
 
-    def log_prob(series, context, key):
-        feed_key, drop_key = jax.random.split(key)
-        return network.log_prob(series, context, fed(feed_key, series.there), drop_key)
+    def row(readings, context, key):
+        hide_key, drop_key = jax.random.split(key)
+        is_read = visible(hide_key, readings.is_observed)
+        return network.log_prob(readings, context, is_read, drop_key)
 
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row_numbers(x, key, None))
-    nats = jax.vmap(log_prob)(Seen(dt, x, there), context_rows, keys)
-    # Each device divides by the mean count of all devices.
-    count = mean_over(jnp.sum(there, dtype=x.dtype), tuple(axes_of(there)))
+    nats = jax.vmap(row)(Readings(dt, x, is_observed), context, keys)
+    # The loss is the mean over devices: each divides by the mean count of values.
+    count = mean_over(jnp.sum(is_observed, dtype=x.dtype), tuple(axes_of(is_observed)))
     return -jnp.sum(nats) / count
 
 
-def fed(key: PRNGKeyArray, there: Bool[Array, "times channels"]) -> Bool[Array, "times channels"]:
-    """Draw which values of a series the network reads in a step."""
+def visible(
+    key: PRNGKeyArray, is_observed: Bool[Array, "times channels"]
+) -> Bool[Array, "times channels"]:
+    """Draw the mask of the values that the network reads in a step: some, those before a time, or
+    all."""
     keys = jax.random.split(key, 4)
     kind = jax.random.uniform(keys[0])
-    thinned = jax.random.uniform(keys[1], there.shape) < jax.random.uniform(keys[2])
-    before_cut = jnp.arange(len(there)) < jax.random.randint(keys[3], (), 0, len(there))
-    visible = there & jnp.where(kind < THINNED_SHARE * CUT_SHARE, before_cut[:, None], thinned)
-    return jnp.where(kind < THINNED_SHARE, visible, there)
+    is_kept = jax.random.uniform(keys[1], is_observed.shape) < jax.random.uniform(keys[2])
+    count = len(is_observed)
+    is_before = jnp.arange(count) < jax.random.randint(keys[3], (), 0, count)
+    is_cut = kind < HIDING_SHARE * CUT_SHARE
+    partly = is_observed & jnp.where(is_cut, is_before[:, None], is_kept)
+    return jnp.where(kind < HIDING_SHARE, partly, is_observed)

@@ -38,11 +38,12 @@ def from_frame(
             f"{arg('time')} must be another column than row; got {time!r} for both. Pass as "
             "row= the column that tells series from one another."
         )
-    (identifiers, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
+    (of_row, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
     for column, missing in ((row, no_row), (time, np.isnan(times))):
-        text = f"have a value of {column!r} in each line"
-        cure = "Leave such lines out."
-        Rule("frame", missing, text, lambda i: f"none in line {i}", cure).check()
+        Rule(
+            "frame", f"have a value of {column!r} in each line", missing,
+            lambda i: f"none in line {i}", "Leave such lines out.",
+        ).check()  # fmt: skip
     channels = [column for column in frame.columns if column not in (row, time)]
     if not channels or not len(times):
         raise ValueError(
@@ -50,38 +51,37 @@ def from_frame(
             f"{len(times)} lines and the columns {frame.columns}."
         )
     values = np.stack([_numeric_column(frame, column) for column in channels], axis=1)
-    names = list(dict.fromkeys(identifiers))  # in the order of their first lines
+    names = list(dict.fromkeys(of_row))  # in the order of their first lines
     number = {name: i for i, name in enumerate(names)}
-    place = np.array([number[name] for name in identifiers])
+    place = np.array([number[name] for name in of_row])
     order = np.lexsort((times, place))
     place, times, values = place[order], times[order], values[order]
-    is_repeated = (np.diff(place) == 0) & (np.diff(times) == 0)
-
-    def got(i):
-        return f"{times[i]:g} twice in {row} {names[place[i]]}"
-
-    text = "have each time of a series once"
-    Rule("frame", is_repeated, text, got, "Merge such lines.").check()
+    Rule(
+        "frame", "have each time of a series once",
+        (np.diff(place) == 0) & (np.diff(times) == 0),
+        lambda i: f"{times[i]:g} twice in {row} {names[place[i]]}", "Merge such lines.",
+    ).check()  # fmt: skip
     counts = np.bincount(place)
-    ends = np.cumsum(counts)
-    column = np.arange(len(place)) - np.repeat(ends - counts, counts)
-    ts = np.tile(times[ends - 1][:, None], (1, counts.max()))
+    stops = np.cumsum(counts)  # the line after the last one of each series
+    column = np.arange(len(place)) - np.repeat(stops - counts, counts)
+    ts = np.tile(times[stops - 1][:, None], (1, counts.max()))
     ys = np.full((*ts.shape, len(channels)), np.nan)
     ts[place, column], ys[place, column] = times, values
     return ts, ys
 
 
 def _identifiers(frame: Any, column: str) -> tuple[list[Any], np.ndarray]:
-    """The identifier of each line's series, and where it is missing. Integers keep all digits."""
+    """The name of the series of each line, and where it is missing. Integers of any size keep their
+    digits."""
     series = frames.column_of("frame", frame, column)
     if series.dtype.is_integer():
         return series.to_list(), np.array(series.is_null().to_numpy(), bool)
-    values, missing, _ = frames.read("frame", frame, column)
-    return values.tolist(), missing
+    names, missing, _ = frames.read("frame", frame, column)
+    return names.tolist(), missing
 
 
 def _numeric_column(frame: Any, column: str) -> np.ndarray:
-    """A column, NaN where it has no value."""
+    """A column of numbers, with NaN where a value is missing."""
     start = f"{arg('frame')} column {column!r} must hold numbers"
     if is_date(frames.column_of("frame", frame, column)):
         raise TypeError(

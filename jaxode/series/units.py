@@ -1,4 +1,4 @@
-"""Series in their own units, checked, and as the network sees them."""
+"""Check series, and standardize them for the network."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,33 +10,32 @@ from jaxtyping import Float
 
 from jaxode._checks.arguments import numbers
 from jaxode._checks.caller import arg
-from jaxode.series.series_network import Seen
+from jaxode.series.series_network import Readings
 
-# Initialize recall from pairs of values of a channel that are this many values apart, with rates of
-# its decay per median span, and a ridge penalty in pseudo-values against it.
-RECALL_LAGS = 1, 2, 4, 8, 16
-LOG_RECALL_RATES = np.linspace(-4.0, 4.0, 17)
-RECALL_RIDGE = 1.0
-RANGE_MARGIN = 0.5  # of the range of training, on either side, that draws may reach
-MAX_GAPS = 10_000  # longest gaps of training, from one time to the next
+RECALL_LAGS = (1, 2, 4, 8, 16)  # fit recall to pairs of values this many values apart
+LOG_RECALL_RATES = np.linspace(-4.0, 4.0, 17)  # candidates for its decay, per median span
+RECALL_RIDGE = 1.0  # penalty on recall, in pseudo-values
+RANGE_MARGIN = 0.5  # how far draws may lie beyond the range of training, in such ranges
+MAX_GAPS = 10_000  # how far one time may lie beyond the one before, in longest gaps of training
 
 
 class Rule(NamedTuple):
-    """A rule for an array of series, and what breaks it."""
+    """A rule that the values of an argument must keep."""
 
     argument: str
-    is_wrong: np.ndarray
-    text: str
-    """What the argument must do."""
+    must: str
+    """What the argument must do, for the message."""
+    is_broken: np.ndarray
+    """Where it does not, as a mask over its values."""
     got: Callable[..., str]
-    """Describes the first place that is wrong, by its indices."""
+    """Describes a place that breaks the rule, by its indices."""
     cure: str
 
     def check(self) -> None:
-        """Raise if the rule is broken somewhere."""
-        if self.is_wrong.any():
-            got = self.got(*np.argwhere(self.is_wrong)[0])
-            raise ValueError(f"{arg(self.argument)} must {self.text}; got {got}. {self.cure}")
+        """Raise for the first place that breaks the rule, if there is one."""
+        if self.is_broken.any():
+            got = self.got(*np.argwhere(self.is_broken)[0])
+            raise ValueError(f"{arg(self.argument)} must {self.must}; got {got}. {self.cure}")
 
 
 def _times(name: str, times: Any) -> np.ndarray:
@@ -73,26 +72,27 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rules_of_series(ts: np.ndarray, ys: np.ndarray, single: bool) -> Iterator[Rule]:
-    """The rules for series. Each relies on those before."""
+    """The rules of times and values. Each may rely on those before it."""
     yield Rule(
-        "ts", ~np.isfinite(ts), "be finite", lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
+        "ts", "be finite", ~np.isfinite(ts),
+        lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
         "Pad a row by repeating its last time, with NaN in ys.",
     )  # fmt: skip
     yield Rule(
-        "ys", np.isinf(ys), "be finite, or NaN for a gap",
+        "ys", "be finite, or NaN for a gap", np.isinf(ys),
         lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}", "Leave it out as NaN.",
     )  # fmt: skip
     is_observed: Any = ~np.isnan(ys).all(axis=2)
     yield Rule(
-        "ys", ~is_observed.any(axis=1), "have an observation in each row",
+        "ys", "have an observation in each row", ~is_observed.any(axis=1),
         lambda i: f"none in row {i}", "Leave such rows out.",
     )  # fmt: skip
     # After its last observation, a row may repeat its time.
     before_last = np.logical_or.accumulate(is_observed[:, ::-1], axis=1)[:, -2::-1]
     step = np.diff(ts, axis=1)
     yield Rule(
-        "ts", (step < 0) | ((step == 0) & before_last),
-        "increase within a row up to its last observation",
+        "ts", "increase within a row up to its last observation",
+        (step < 0) | ((step == 0) & before_last),
         lambda i, j: f"{ts[i, j]:.15g} and then {ts[i, j + 1]:.15g} in row {i}",
         _cure_of_order(ts, single),
     )  # fmt: skip
@@ -123,26 +123,26 @@ def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "ro
             f"{arg('at')} must be [times], or [rows, times] with {rows} rows as in ts; got "
             f"shape {at.shape}."
         )
-    for rule in _rules_of_forecast(at, last):
+    for rule in _rules_of_forecasts(at, last):
         rule.check()
     return at
 
 
-def _rules_of_forecast(at: np.ndarray, last: Float[np.ndarray, " rows"]) -> Iterator[Rule]:
-    """The rules for times to forecast. Each relies on those before."""
+def _rules_of_forecasts(at: np.ndarray, last: np.ndarray) -> Iterator[Rule]:
+    """The rules of times to forecast. Each may rely on those before it."""
     yield Rule(
-        "at", ~np.isfinite(at), "be finite", lambda i, j: f"{at[i, j]} in row {i}",
-        "Pad a row by repeating its last time.",
+        "at", "be finite", ~np.isfinite(at),
+        lambda i, j: f"{at[i, j]} in row {i}", "Pad a row by repeating its last time.",
     )  # fmt: skip
     yield Rule(
-        "at", ~(at >= last[:, None]), "not lie before the last observation of a row",
+        "at", "not lie before the last observation of a row", ~(at >= last[:, None]),
         lambda i, j: f"{at[i, j]:.15g} in row {i}, whose last observation is at {last[i]:.15g}",
         "Cut the series there, by NaN in ys, or pass later times.",
     )  # fmt: skip
     step = np.diff(at, axis=1)
-    increases = (step > 0) | ((step == 0) & (at[:, 1:] == at[:, -1:]))
+    is_padding = (step == 0) & (at[:, 1:] == at[:, -1:])
     yield Rule(
-        "at", ~increases, "increase",
+        "at", "increase", ~((step > 0) | is_padding),
         lambda i, j: f"{at[i, j]:.15g} and then {at[i, j + 1]:.15g} in row {i}",
         "Sort the times. Pad a row by repeating its last time.",
     )  # fmt: skip
@@ -153,17 +153,12 @@ def check_context(context: Any, rows: int) -> np.ndarray | None:
     if context is None:
         return None
     columns = np.asarray(numbers("context", context), float)
-    if (
-        columns.ndim != 2
-        or len(columns) != rows
-        or not columns.size
-        or not np.isfinite(columns).all()
-    ):
+    not_finite = np.count_nonzero(~np.isfinite(columns))
+    if columns.ndim != 2 or len(columns) != rows or not columns.size or not_finite:
         raise ValueError(
             f"{arg('context')} must be finite numbers [rows, columns], one row for each of the "
-            f"{rows} series; got shape {columns.shape}, "
-            f"{np.count_nonzero(~np.isfinite(columns))} of them not finite. Fill gaps, and add a "
-            "column that marks them."
+            f"{rows} series; got shape {columns.shape}, {not_finite} of them not finite. Fill "
+            "gaps, and add a column that marks them."
         )
     return columns
 
@@ -173,25 +168,25 @@ def as_float(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, jax.dtypes.canonicalize_dtype(float))
 
 
-def recalled(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """Fit recall: the part of its last value that best forecasts a later value of a channel.
+def recalled(readings: Readings) -> tuple[np.ndarray, np.ndarray]:
+    """Fit by least squares how much of a value forecasts a later one of its channel.
 
     Returns:
-        That part by least squares, and the logarithm of the rate at which it decays, `[channels]`.
+        That share, and the logarithm of the rate at which it decays, `[channels]`.
     """
-    times, channels = np.cumsum(seen.dt, axis=1, dtype=float), seen.y.shape[2]
-    part, log_rate = np.zeros((2, channels))
+    times, channels = np.cumsum(readings.dt, axis=1, dtype=float), readings.y.shape[2]
+    share, log_rate = np.zeros((2, channels))
     for c in range(channels):
-        is_observed = seen.there[:, :, c]
-        row, t, y = np.nonzero(is_observed)[0], times[is_observed], seen.y[:, :, c][is_observed]
+        is_observed = readings.is_observed[:, :, c]
+        row, t, y = np.nonzero(is_observed)[0], times[is_observed], readings.y[:, :, c][is_observed]
         first, second = _pairs_of_values(row)
         wait, y = t[second] - t[first], y.astype(float)
         forecast = np.exp(-np.exp(LOG_RECALL_RATES)[:, None] * wait) * y[first]
         product, square = forecast @ y[second], np.sum(forecast**2, axis=1) + RECALL_RIDGE
         best = np.argmax(np.maximum(product, 0.0) ** 2 / square)
-        part[c] = np.clip(product[best] / square[best], 0.0, 1.0)
+        share[c] = np.clip(product[best] / square[best], 0.0, 1.0)
         log_rate[c] = LOG_RECALL_RATES[best]
-    return as_float(part), as_float(log_rate)
+    return as_float(share), as_float(log_rate)
 
 
 def _pairs_of_values(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,14 +201,14 @@ def _pairs_of_values(row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of times, channels and contexts."""
+    """The units in which the network reads times, channels and contexts."""
 
     time: float
     """The median span of a series."""
     gap: float
-    """The median time between two observations, as part of the span."""
+    """The median time between two observations, in spans."""
     longest: float
-    """The longest time between two observations, as part of the span."""
+    """The longest time between two observations, in spans."""
     mean: Float[np.ndarray, " channels"]
     sd: Float[np.ndarray, " channels"]
     limits: tuple[Float[np.ndarray, " channels"], Float[np.ndarray, " channels"]]
@@ -222,7 +217,7 @@ class Units:
     """Mean and standard deviation of each column."""
 
     @classmethod
-    def of(cls, ts: np.ndarray, ys: np.ndarray, context: np.ndarray | None) -> "Units":
+    def from_series(cls, ts: np.ndarray, ys: np.ndarray, context: np.ndarray | None) -> "Units":
         """Units of training series. Raises for a channel without two different values."""
         is_observed: Any = ~np.isnan(ys)
         values = [ys[:, :, c][is_observed[:, :, c]] for c in range(ys.shape[2])]
@@ -232,8 +227,8 @@ class Units:
             return f"{value} in channel {c}"
 
         is_constant = np.array([not len(v) or v.min() == v.max() for v in values])
-        rule = "have different values in each channel"
-        Rule("ys", is_constant, rule, got, "Leave the channel out.").check()
+        must = "have different values in each channel"
+        Rule("ys", must, is_constant, got, "Leave the channel out.").check()
         times = [t[mask] for t, mask in zip(ts, is_observed.any(axis=2), strict=True)]
         gaps = np.concatenate([np.diff(t) for t in times])
         if not gaps.size:
@@ -254,9 +249,9 @@ class Units:
         limits = as_float(low - margin), as_float(high + margin)
         return cls(span, gap, longest, mean, sd, limits, context_units)
 
-    def seen(self, ts: np.ndarray, ys: np.ndarray) -> Seen:
-        """The series as the network reads them: the times with an observation, then repeats of the
-        last one.
+    def readings(self, ts: np.ndarray, ys: np.ndarray) -> Readings:
+        """The series as the network reads them: the times with an observation, padded with repeats
+        of the last one.
 
         Differences of times are exact to float64.
         """
@@ -268,22 +263,23 @@ class Units:
         is_observed = ~np.isnan(ys)
         dt = np.diff(ts, axis=1, prepend=ts[:, :1]) / self.time
         y = (np.where(is_observed, ys, self.mean) - self.mean) / self.sd
-        return Seen(as_float(dt), as_float(y), is_observed, self.parts("ts", dt))
+        return Readings(as_float(dt), as_float(y), is_observed, self.solves("ts", dt))
 
-    def parts(self, name: str, dt: np.ndarray) -> np.ndarray:
-        """The number of parts to cut each time into, none longer than training's longest gap."""
-        parts = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
+    def solves(self, name: str, dt: np.ndarray) -> np.ndarray:
+        """The number of equal solves that lead to each time, none longer than the longest gap of
+        training. Raises for the argument `name` if they are too many."""
+        solves = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
         most = MAX_GAPS * self.longest * self.time
-        rule = f"go on by at most {most:g} at a time, {MAX_GAPS} times the longest gap of training"
         Rule(
-            name, parts > MAX_GAPS, rule,
-            lambda i, j: f"{dt[i, j] * self.time:g} in row {i}",
+            name,
+            f"go on by at most {most:g} at a time, {MAX_GAPS} times the longest gap of training",
+            solves > MAX_GAPS, lambda i, j: f"{dt[i, j] * self.time:g} in row {i}",
             "Pass times in the unit of training.",
         ).check()  # fmt: skip
-        return parts.astype(np.int32)
+        return solves.astype(np.int32)
 
-    def known(self, context: Any, rows: int) -> np.ndarray | None:
-        """The context as the network reads it."""
+    def standardized(self, context: Any, rows: int) -> np.ndarray | None:
+        """The context of rows as the network reads it."""
         checked = check_context(context, rows)
         columns = 0 if self.context is None else len(self.context[0])
         if columns != (0 if checked is None else checked.shape[1]):

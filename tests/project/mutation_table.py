@@ -308,14 +308,14 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Of conditions of one name, the last stands for all.
     ("petab/tables.py", "if names.count(name) > 1:", "if names.count(name) > len(names):"),
     # A shorter series ends at time zero.
-    ("series/long_tables.py", "np.tile(times[ends - 1][:, None], (1, counts.max()))",
+    ("series/long_tables.py", "np.tile(times[stops - 1][:, None], (1, counts.max()))",
      "np.zeros((len(counts), counts.max()))"),
     # Lines of one time are not told from each other.
     ("series/long_tables.py", "np.lexsort((times, place))", 'np.argsort(place, kind="stable")'),
     # Densities of several channels lack a determinant.
     ("series/mixture.py", "log_det = log_det + 0.5 * jnp.log(square)", "pass"),
     # A channel that was not observed counts.
-    ("series/mixture.py", "jnp.where(there[None], 1 / self.sd, 0.0)", "1 / self.sd"),
+    ("series/mixture.py", "jnp.where(is_observed[None], 1 / self.sd, 0.0)", "1 / self.sd"),
     # Quantiles are those without what channels share.
     ("series/mixture.py", "return self.sd**2 + jnp.sum(self.loading**2, axis=1)[None]",
      "return self.sd**2"),
@@ -326,20 +326,21 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/mixture.py", "jnp.clip(ys[jnp.argmax(inside)], low, high)",
      "ys[jnp.argmax(inside)]"),
     # A density is not that in the units of the data.
-    ("series/series_model.py", "nats - (seen.there * np.log(self.units.sd))",
-     "nats + (seen.there * np.log(self.units.sd))"),
+    ("series/series_model.py", "nats - (readings.is_observed * np.log(self.units.sd))",
+     "nats + (readings.is_observed * np.log(self.units.sd))"),
     # All draws of a row jump by no values.
     ("series/series_model.py", "network.jumped(state, mixture, y, jnp.ones(y.shape, bool)), y",
      "network.jumped(state, mixture, y, jnp.zeros(y.shape, bool)), y"),
     # A channel that was never seen has a recent value.
     ("series/series_model.py",
-     "jnp.where(was_observed, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
+     "jnp.where(ever, jnp.exp(-state.since), 0.0)", "jnp.exp(-state.since)"),
     # An observation without a channel is one with its mean.
     ("series/series_network.py",
-     "jnp.where(there, y, state.last), jnp.where(there, 0.0, state.since)",
-     "y, jnp.where(there, 0.0, state.since)"),
+     "last = jnp.where(is_observed, y, state.last)", "last = y"),
     # A time without values changes the state.
-    ("series/series_network.py", "jnp.where(there.any(), moved, state.h)", "moved"),
+    ("series/series_network.py",
+     "jnp.where(is_observed.any(), self.jump(state.h, observed, key), state.h)",
+     "self.jump(state.h, observed, key)"),
     # A jump counts its gap since the oldest of the last values.
     ("series/series_network.py", "since = jnp.min(state.since)", "since = jnp.max(state.since)"),
     # A time without values goes back from the last one.
@@ -352,10 +353,10 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("series/series_network.py", "self.recall * jnp.exp(-jnp.exp(self.forget) * state.since)",
      "self.recall"),
     # Training reads the values whose density it maximizes from what is set aside as gaps.
-    ("series/fit_series.py", "visible = there & jnp.where", "visible = jnp.where"),
+    ("series/fit_series.py", "partly = is_observed & jnp.where", "partly = jnp.where"),
     # A jump of the user takes the place of the field.
-    ("series/fit_series.py", '"jump": ("jump", jump, (h, seen, None))',
-     '"jump": ("jump", None, (h, seen, None))'),
+    ("series/fit_series.py", '"jump": ("jump", jump, (h, observed, None))',
+     '"jump": ("jump", None, (h, observed, None))'),
     # What a training returns is its start.
     ("series/fit_series.py", "return run.best.with_params(plan.devices.from_all(run.best.params))",
      "return model.with_params(plan.devices.from_all(model.params))"),

@@ -52,8 +52,8 @@ def trained(ys: np.ndarray = YS, **options) -> Series:
 
 def untrained(ts: np.ndarray = TS, ys: np.ndarray = YS) -> Series:
     """What training begins with: most of what a model promises holds for any network."""
-    units = Units.of(ts, ys, None)
-    starts = recalled(units.seen(ts, ys))
+    units = Units.from_series(ts, ys, None)
+    starts = recalled(units.readings(ts, ys))
     network = SeriesNetwork.make(
         jax.random.key(0), 0, 4, units.gap, starts, fit_series.SERIES_DROPOUT
     )
@@ -105,7 +105,7 @@ def test_the_density_of_one_value_integrates_to_one(model, at):
     np.testing.assert_allclose(below, levels, atol=1e-3)
 
 
-mixture_of = jax.jit(Mixture.of, static_argnums=1)
+mixture_of = jax.jit(Mixture.from_numbers, static_argnums=1)
 log_probs = jax.jit(jax.vmap(Mixture.log_prob, (None, 0, 0)))
 
 
@@ -190,9 +190,9 @@ def test_a_jump_sees_the_time_since_the_last_value_that_was_read(model):
     jump = lambda h, seen, key: jnp.zeros_like(h) + seen.gap
     network, ys = dataclasses.replace(model.params, jump=jump), np.arange(12.0).reshape(1, 6, 2)
     ys[0, 3, 1] = NAN
-    seen = jax.tree.map(lambda leaf: leaf[0], model.units.seen(TS[:1], ys))
-    fed = seen.there & (np.arange(6) != 4)[:, None]
-    found = jax.jit(lambda seen, fed: network.read(seen, None, fed)[0].h)(seen, fed)
+    readings = jax.tree.map(lambda leaf: leaf[0], model.units.readings(TS[:1], ys))
+    is_read = readings.is_observed & (np.arange(6) != 4)[:, None]
+    found = jax.jit(lambda *args: network.read(args[0], None, args[1])[0].h)(readings, is_read)
     gap = model.units.gap
     since = (TS[0, 5] - TS[0, 3]) / model.units.time
     np.testing.assert_allclose(found, np.log(since / gap + 0.01), rtol=1e-9)
@@ -339,7 +339,7 @@ def test_a_state_holds_the_last_values_and_how_recent_they_are(model):
 def test_training_reads_observed_values_alone_and_often_fewer():
     there = ~np.isnan(YS)
     keys = jax.random.split(jax.random.key(0), len(there))
-    fed = np.asarray(jax.jit(jax.vmap(fit_series.fed))(keys, there))
+    fed = np.asarray(jax.jit(jax.vmap(fit_series.visible))(keys, there))
     assert not (fed & ~there).any()
     fewer = (fed < there).any(axis=(1, 2))
     assert fewer.mean() > 0.5
@@ -396,7 +396,7 @@ def own_networks():
 
 def test_networks_of_ones_own_take_the_place_of_those_of_the_library(model):
     networks = own_networks()
-    other = model.with_params(fit_series._with_own(model.params, **networks))
+    other = model.with_params(fit_series._with_modules(model.params, **networks))
     assert (other.params.push, other.params.jump) == (networks["field"], networks["jump"])
     again = pickle.loads(pickle.dumps(other))
     found = other.log_prob(TS, YS)
@@ -435,7 +435,7 @@ def test_recall_starts_where_it_forecasts_best():
     keep = np.exp(-0.1 * np.exp(0.5))
     for i in range(1, 11):
         ys[:, i, 1] = keep * ys[:, i - 1, 1] + np.sqrt(1 - keep**2) * ys[:, i, 1]
-    part, log_rate = recalled(Units.of(ts, ys, None).seen(ts, ys))
+    part, log_rate = recalled(Units.from_series(ts, ys, None).readings(ts, ys))
     # The part of a value that is left after a gap. Of noise, a fast rate and its part say little
     # alone.
     left = part * np.exp(-0.1 * np.exp(log_rate))
@@ -457,7 +457,7 @@ def test_context_moves_the_start(of_context):
 def test_training_is_better_than_its_start_and_shows_so(of_context):
     """In nats of a value, on the series that it trained on and those that it did not."""
     units = of_context.units
-    starts = recalled(units.seen(TS, LEVELS))
+    starts = recalled(units.readings(TS, LEVELS))
     network = SeriesNetwork.make(
         jax.random.key(0), 1, 4, units.gap, starts, fit_series.SERIES_DROPOUT
     )
