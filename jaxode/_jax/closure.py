@@ -237,9 +237,9 @@ class ClosedField(eqx.Module):
         Devices would exchange its gradient at every evaluation, in loops of different lengths.
         """
         consts, flags = jax.tree.leaves(self), jax.tree.leaves(perturbed)
-        for const, wanted in zip(consts, flags, strict=True):
+        for const, is_perturbed in zip(consts, flags, strict=True):
             missing = sorted(axes_of(like) - axes_of(const))
-            if wanted and missing:
+            if is_perturbed and missing:
                 raise ValueError(
                     "the vector field or the base density closes over a differentiated array of "
                     f"shape {const.shape} that is the same on all devices along {missing}, inside "

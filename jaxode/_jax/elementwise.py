@@ -25,18 +25,18 @@ def is_elementwise(f: Callable[[Array], Array], like: Array) -> bool:
         return jax.jvp(f, (u,), (v,))[1]
 
     program = jax.make_jaxpr(tangent)(shape, shape).jaxpr
-    return _moved(program, {program.invars[1]}) is not None
+    return _dependent(program, {program.invars[1]}) is not None
 
 
-def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
-    """Which results depend on the variables `moved`. None if numbers change their place."""
+def _dependent(program: Jaxpr, dependent: set[Var]) -> list[bool] | None:
+    """Which results depend on the variables `dependent`. None if numbers change their place."""
 
     def shape(var):
         return var.aval.shape
 
-    shapes = set(map(shape, moved))
+    shapes = set(map(shape, dependent))
     for equation in program.eqns:
-        flags = [not isinstance(x, Literal) and x in moved for x in equation.invars]
+        flags = [not isinstance(x, Literal) and x in dependent for x in equation.invars]
         if not any(flags):
             continue
         outputs: list[bool] | None = [True] * len(equation.outvars)
@@ -44,10 +44,10 @@ def _moved(program: Jaxpr, moved: set[Var]) -> list[bool] | None:
             inner = equation.params["jaxpr"]
             inner = getattr(inner, "jaxpr", inner)
             pairs = zip(inner.invars, flags, strict=True)
-            outputs = _moved(inner, {var for var, flag in pairs if flag})
+            outputs = _dependent(inner, {var for var, flag in pairs if flag})
         elif equation.primitive.name not in LINEAR:
             return None
         if outputs is None or any(shape(out) not in shapes for out in equation.outvars):
             return None
-        moved |= {var for var, flag in zip(equation.outvars, outputs, strict=True) if flag}
-    return [not isinstance(x, Literal) and x in moved for x in program.outvars]
+        dependent |= {var for var, flag in zip(equation.outvars, outputs, strict=True) if flag}
+    return [not isinstance(x, Literal) and x in dependent for x in program.outvars]

@@ -35,59 +35,64 @@ Flags = tuple[bool, ...]
 class WithSweep(NamedTuple):
     """A function of arrays, and its sweep. Made by `with_sweep`.
 
-    `moved` flags the inputs that are differentiated, `touched` the outputs that have cotangents.
-    A tangent or a sweep, as a function of this kind, has no record.
+    `perturbed` flags the inputs that are differentiated, `touched` the outputs with cotangents. A
+    tangent or a sweep, as a function of this kind, has no record.
     """
 
     value: Callable[[Arrays], Arrays]
     """The outputs that have derivatives."""
     sweep: Callable[[Flags, Flags, Arrays, Arrays], Arrays]
-    """`(moved, touched, inputs, bars)` -> the cotangents of the inputs that moved."""
+    """`(perturbed, touched, inputs, bars)` -> the cotangents of the inputs that are perturbed."""
     record: Callable[[Flags, Arrays], tuple[PyTree, PyTree, PyTree]] | None = None
-    """`(moved, inputs)` -> outputs, other outputs, and what the first sweep reads."""
+    """`(perturbed, inputs)` -> outputs, other outputs, and what the first sweep reads."""
     recorded_sweep: Callable[[Flags, Flags, Arrays, PyTree, Arrays], Arrays] | None = None
-    """`(moved, touched, inputs, record, bars)` -> what `sweep` returns."""
+    """`(perturbed, touched, inputs, record, bars)` -> what `sweep` returns."""
 
-    def sweep_and_value(self, moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays):
+    def sweep_and_value(self, perturbed: Flags, touched: Flags, inputs: Arrays, bars: Arrays):
         """`sweep` and `value`, from a single run if there is a record."""
         if self.record is None or self.recorded_sweep is None:
-            return self.sweep(moved, touched, inputs, bars), self.value(inputs)
-        outputs, _, record = self.record(moved, inputs)
-        swept = self.recorded_sweep(moved, touched, inputs, record, bars)
+            return self.sweep(perturbed, touched, inputs, bars), self.value(inputs)
+        outputs, _, record = self.record(perturbed, inputs)
+        swept = self.recorded_sweep(perturbed, touched, inputs, record, bars)
         return swept, jax.tree.leaves(outputs)
 
-    def tangent(self, moved: Flags) -> "WithSweep":
-        """`(inputs, tangents of those that moved)` -> the tangents of the outputs."""
-        count = len(moved)
+    def tangent(self, perturbed: Flags) -> "WithSweep":
+        """`(inputs, tangents of those that are perturbed)` -> the tangents of the outputs."""
+        count = len(perturbed)
 
         def value(both: Arrays) -> Arrays:
-            return _pushed(self.value, moved, both[:count], both[count:])
+            return _pushed(self.value, perturbed, both[:count], both[count:])
 
-        def sweep(wanted: Flags, touched: Flags, both: Arrays, bars: Arrays) -> Arrays:
+        def sweep(perturbed_again: Flags, touched: Flags, both: Arrays, bars: Arrays) -> Arrays:
             inputs, dots = both[:count], both[count:]
-            of_dots = _scattered(moved, wanted[count:], False)
-            either = tuple(a or b for a, b in zip(wanted[:count], of_dots, strict=True))
+            of_dots = _scattered(perturbed, perturbed_again[count:], False)
+            either = tuple(a or b for a, b in zip(perturbed_again[:count], of_dots, strict=True))
 
             def swept(inputs: Arrays) -> Arrays:
                 return self.sweep(either, touched, inputs, bars)
 
-            bars_of, dots_of = _value_and_pushed(swept, moved, inputs, dots)
-            by_input = _chosen(wanted[:count], _scattered(either, dots_of))
+            bars_of, dots_of = _value_and_pushed(swept, perturbed, inputs, dots)
+            by_input = _chosen(perturbed_again[:count], _scattered(either, dots_of))
             return by_input + _chosen(of_dots, _scattered(either, bars_of))
 
         return WithSweep(value, sweep)
 
-    def of_sweep(self, moved: Flags, touched: Flags) -> "WithSweep":
+    def of_sweep(self, perturbed: Flags, touched: Flags) -> "WithSweep":
         """`(inputs, bars of the outputs that are touched)` -> the cotangents of `sweep`."""
-        count = len(moved)
+        count = len(perturbed)
 
         def value(both: Arrays) -> Arrays:
-            return self.sweep(moved, touched, both[:count], both[count:])
+            return self.sweep(perturbed, touched, both[:count], both[count:])
 
-        def sweep(wanted: Flags, touched_again: Flags, both: Arrays, bars_again: Arrays) -> Arrays:
+        def sweep(
+            perturbed_again: Flags, touched_again: Flags, both: Arrays, bars_again: Arrays
+        ) -> Arrays:
             inputs, bars = both[:count], both[count:]
-            along = _scattered(moved, touched_again, False)
-            of_inputs, of_bars = wanted[:count], _scattered(touched, wanted[count:], False)
+            along = _scattered(perturbed, touched_again, False)
+            of_inputs, of_bars = (
+                perturbed_again[:count],
+                _scattered(touched, perturbed_again[count:], False),
+            )
 
             def swept(inputs: Arrays) -> tuple[Arrays, Arrays]:
                 if not any(of_inputs):
@@ -108,30 +113,30 @@ class WithSweep(NamedTuple):
         def value(inputs: Arrays) -> Arrays:
             return vmap(self.value, (axes,))(inputs)
 
-        def summed(moved: Flags, bars: Arrays) -> Arrays:
-            shared = [axis is None for axis in _chosen(moved, axes)]
+        def summed(perturbed: Flags, bars: Arrays) -> Arrays:
+            shared = [axis is None for axis in _chosen(perturbed, axes)]
             return [bar.sum(0) if one else bar for bar, one in zip(bars, shared, strict=True)]
 
-        def sweep(moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
+        def sweep(perturbed: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
             def one(inputs, bars):
-                return self.sweep(moved, touched, inputs, bars)
+                return self.sweep(perturbed, touched, inputs, bars)
 
-            return summed(moved, vmap(one, (axes, 0))(inputs, bars))
+            return summed(perturbed, vmap(one, (axes, 0))(inputs, bars))
 
         if self.record is None or self.recorded_sweep is None:
             return WithSweep(value, sweep)
         of_one, sweep_of_one = self.record, self.recorded_sweep
 
-        def record(moved: Flags, inputs: Arrays):
-            return vmap(lambda inputs: of_one(moved, inputs), (axes,))(inputs)
+        def record(perturbed: Flags, inputs: Arrays):
+            return vmap(lambda inputs: of_one(perturbed, inputs), (axes,))(inputs)
 
         def recorded_sweep(
-            moved: Flags, touched: Flags, inputs: Arrays, record: PyTree, bars: Arrays
+            perturbed: Flags, touched: Flags, inputs: Arrays, record: PyTree, bars: Arrays
         ):
             def one(inputs, record, bars):
-                return sweep_of_one(moved, touched, inputs, record, bars)
+                return sweep_of_one(perturbed, touched, inputs, record, bars)
 
-            return summed(moved, vmap(one, (axes, 0, 0))(inputs, record, bars))
+            return summed(perturbed, vmap(one, (axes, 0, 0))(inputs, record, bars))
 
         return WithSweep(value, sweep, record, recorded_sweep)
 
@@ -149,9 +154,9 @@ def with_sweep(
     def value(inputs: Arrays) -> Arrays:
         return jax.tree.leaves(run(inputs)[0])
 
-    def sweep(moved: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
-        *_, recorded = record(moved, inputs)
-        return recorded_sweep(moved, touched, inputs, recorded, bars)
+    def sweep(perturbed: Flags, touched: Flags, inputs: Arrays, bars: Arrays) -> Arrays:
+        *_, recorded = record(perturbed, inputs)
+        return recorded_sweep(perturbed, touched, inputs, recorded, bars)
 
     return WithSweep(value, sweep, record, recorded_sweep)
 
@@ -168,25 +173,25 @@ def differentiable(
 
 def sweep_of(
     function: WithSweep,
-    moved: Flags,
+    perturbed: Flags,
     touched: Flags,
     inputs: Arrays,
     record: PyTree,
     bars: Arrays,
     lanes: int = 0,
 ) -> Arrays:
-    """The cotangents of the inputs that moved, with all their derivatives.
+    """The cotangents of the inputs that are perturbed, with all their derivatives.
 
     `bars` and the results may have leading axes, `lanes`.
     """
-    count, middle = len(moved), len(moved) + len(bars)
-    back, recorded_sweep = function.of_sweep(moved, touched), function.recorded_sweep
+    count, middle = len(perturbed), len(perturbed) + len(bars)
+    back, recorded_sweep = function.of_sweep(perturbed, touched), function.recorded_sweep
     of_record, structure = jax.tree.flatten(record)
 
     def swept(inputs: Arrays, record: PyTree, bars: Arrays) -> Arrays:
         if recorded_sweep is None or record is None:
-            return function.sweep(moved, touched, inputs, bars)
-        return recorded_sweep(moved, touched, inputs, record, bars)
+            return function.sweep(perturbed, touched, inputs, bars)
+        return recorded_sweep(perturbed, touched, inputs, record, bars)
 
     for _ in range(lanes):
         back = back.mapped([None] * count + [0] * len(bars))
@@ -220,18 +225,18 @@ def _scattered(flags: Flags, values: Any, otherwise: Any = None) -> Any:
     return tuple(next(rest) if flag else otherwise for flag in flags)
 
 
-def _value_and_pushed(f: Callable[[Arrays], Any], moved: Flags, inputs: Arrays, dots: Arrays):
-    """The values of `f`, and its tangents along those inputs that moved."""
+def _value_and_pushed(f: Callable[[Arrays], Any], perturbed: Flags, inputs: Arrays, dots: Arrays):
+    """The values of `f`, and its tangents along those inputs that are perturbed."""
 
-    def of_moved(some: Arrays) -> Arrays:
-        at = _scattered(moved, some)
-        return f([x if flag else old for flag, x, old in zip(moved, at, inputs, strict=True)])
+    def of_perturbed(some: Arrays) -> Arrays:
+        at = _scattered(perturbed, some)
+        return f([x if flag else old for flag, x, old in zip(perturbed, at, inputs, strict=True)])
 
-    return jax.jvp(of_moved, (_chosen(moved, inputs),), (dots,))
+    return jax.jvp(of_perturbed, (_chosen(perturbed, inputs),), (dots,))
 
 
-def _pushed(f: Callable[[Arrays], Any], moved: Flags, inputs: Arrays, dots: Arrays) -> Any:
-    return _value_and_pushed(f, moved, inputs, dots)[1]
+def _pushed(f: Callable[[Arrays], Any], perturbed: Flags, inputs: Arrays, dots: Arrays) -> Any:
+    return _value_and_pushed(f, perturbed, inputs, dots)[1]
 
 
 def _is_still(dot: Any) -> bool:
@@ -246,8 +251,8 @@ def _tangent_type(x: Any) -> Any:
 # of `function`; the others have none.
 _value = Primitive("with_sweep")
 _value.multiple_results = True
-# The tangents of the outputs, from the inputs, the record, and the tangents of inputs that moved.
-# All tangents may have leading axes, `lanes`.
+# The tangents of the outputs, from the inputs, the record, and the tangents of perturbed inputs. All
+# tangents may have leading axes, `lanes`.
 _linear = Primitive("tangent_with_sweep")
 _linear.multiple_results = True
 
@@ -256,26 +261,28 @@ def _run(*leaves, program: ClosedJaxpr, **_):
     return jaxpr_as_fun(program)(*leaves)
 
 
-def _parts(leaves, moved: Flags, kept: PyTreeDef) -> tuple[Arrays, Arrays, Arrays]:
-    """The inputs, the leaves of the record, and the tangents of what moved."""
-    count, end = len(moved), len(moved) + kept.num_leaves
+def _parts(leaves, perturbed: Flags, kept: PyTreeDef) -> tuple[Arrays, Arrays, Arrays]:
+    """The inputs, the leaves of the record, and the tangents of what is perturbed."""
+    count, end = len(perturbed), len(perturbed) + kept.num_leaves
     return [*leaves[:count]], [*leaves[count:end]], [*leaves[end:]]
 
 
-def _run_linear(*leaves, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, **_):
-    inputs, _, dots = _parts(leaves, moved, kept)
+def _run_linear(*leaves, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, **_):
+    inputs, _, dots = _parts(leaves, perturbed, kept)
 
     def push(dots: Arrays) -> Arrays:
-        return _pushed(function.value, moved, inputs, dots)
+        return _pushed(function.value, perturbed, inputs, dots)
 
     for _ in range(lanes):
         push = jax.vmap(push)
     return push(dots)
 
 
-def _bind_linear(function: WithSweep, moved: Flags, inputs, record, dots, types, lanes: int = 0):
+def _bind_linear(
+    function: WithSweep, perturbed: Flags, inputs, record, dots, types, lanes: int = 0
+):
     leaves, kept = jax.tree.flatten(record)
-    params = {"function": function, "moved": moved, "kept": kept}
+    params = {"function": function, "perturbed": perturbed, "kept": kept}
     return _linear.bind(*inputs, *leaves, *dots, lanes=lanes, types=types, **params)
 
 
@@ -284,27 +291,29 @@ def _bind_value(program: ClosedJaxpr, function: WithSweep, leaves, inputs: int, 
 
 
 def _value_jvp(primals, tangents, *, program, function: WithSweep, inputs: int, outputs: int):
-    at, moved = [*primals[:inputs]], tuple(not _is_still(dot) for dot in tangents[:inputs])
+    at, perturbed = [*primals[:inputs]], tuple(not _is_still(dot) for dot in tangents[:inputs])
     record = None
-    if function.record is not None and any(moved):
-        out, record = _recorded(function, moved, at, outputs)
+    if function.record is not None and any(perturbed):
+        out, record = _recorded(function, perturbed, at, outputs)
     else:
         out = _bind_value(program, function, primals, inputs, outputs)
     still = [ad.Zero(_tangent_type(x)) for x in out]
-    if not any(moved):
+    if not any(perturbed):
         return out, still
     types = tuple(_tangent_type(x) for x in out[:outputs])
-    dots = _bind_linear(function, moved, at, record, _chosen(moved, tangents[:inputs]), types)
+    dots = _bind_linear(
+        function, perturbed, at, record, _chosen(perturbed, tangents[:inputs]), types
+    )
     return out, dots + still[outputs:]
 
 
-def _recorded(function: WithSweep, moved: Flags, inputs: Arrays, outputs: int):
+def _recorded(function: WithSweep, perturbed: Flags, inputs: Arrays, outputs: int):
     """All outputs, whose derivatives need no record, and the record, which has none."""
     record = function.record
     assert record is not None
-    program, shape = jax.make_jaxpr(lambda *inputs: record(moved, [*inputs]), return_shape=True)(
-        *inputs
-    )
+    program, shape = jax.make_jaxpr(
+        lambda *inputs: record(perturbed, [*inputs]), return_shape=True
+    )(*inputs)
     again = function._replace(record=None, recorded_sweep=None)
     out = _bind_value(program, again, inputs, len(inputs), outputs)
     structure = jax.tree.structure(shape[2])
@@ -313,12 +322,18 @@ def _recorded(function: WithSweep, moved: Flags, inputs: Arrays, outputs: int):
 
 
 def _linear_jvp(
-    leaves, tangents, *, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
+    leaves, tangents, *, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
 ):
-    inputs, _, dots = _parts(leaves, moved, kept)
-    params = {"function": function, "moved": moved, "kept": kept, "lanes": lanes, "types": types}
+    inputs, _, dots = _parts(leaves, perturbed, kept)
+    params = {
+        "function": function,
+        "perturbed": perturbed,
+        "kept": kept,
+        "lanes": lanes,
+        "types": types,
+    }
     out = _linear.bind(*leaves, **params)
-    of_inputs, _, of_dots = _parts(tangents, moved, kept)
+    of_inputs, _, of_dots = _parts(tangents, perturbed, kept)
     along_inputs = tuple(not _is_still(dot) for dot in of_inputs)
     along_dots = tuple(not _is_still(dot) for dot in of_dots)
     if not any(along_inputs):
@@ -326,7 +341,7 @@ def _linear_jvp(
             return out, [ad.Zero(_tangent_type(x)) for x in out]
         moves = map(ad.instantiate_zeros, of_dots)
         return out, _linear.bind(*leaves[: len(leaves) - len(dots)], *moves, **params)
-    both = function.tangent(moved)
+    both = function.tangent(perturbed)
     for _ in range(lanes):
         both = both.mapped([None] * len(inputs) + [0] * len(dots))
     along = _chosen(along_inputs, of_inputs) + _chosen(along_dots, of_dots)
@@ -337,10 +352,10 @@ def _linear_jvp(
 
 
 def _linear_transpose(
-    bars, *leaves, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
+    bars, *leaves, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
 ):
     del types
-    inputs, record, dots = _parts(leaves, moved, kept)
+    inputs, record, dots = _parts(leaves, perturbed, kept)
     nothing = [None] * (len(leaves) - len(dots))
     touched = tuple(not _is_still(bar) for bar in bars)
     if not any(touched):
@@ -349,7 +364,7 @@ def _linear_transpose(
             *(ad.Zero(dot.aval) if ad.is_undefined_primal(dot) else None for dot in dots),
         ]
     bars = _chosen(touched, bars)
-    swept = sweep_of(function, moved, touched, inputs, kept.unflatten(record), bars, lanes)
+    swept = sweep_of(function, perturbed, touched, inputs, kept.unflatten(record), bars, lanes)
     # A tangent that is zero, but not known to be, is no unknown of the transpose.
     by_dot = (
         bar if ad.is_undefined_primal(dot) else None for bar, dot in zip(swept, dots, strict=True)
@@ -390,21 +405,21 @@ def _value_batched(over, leaves, axes, *, program, function: WithSweep, inputs: 
 
 
 def _linear_batched(
-    over, leaves, axes, *, function: WithSweep, moved: Flags, kept: PyTreeDef, lanes: int, types
+    over, leaves, axes, *, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
 ):
     size, named = over.size, over.name is not no_axis_name
     leaves, axes = _to_front(leaves, axes)
-    inputs, record, dots = _parts(leaves, moved, kept)
-    of_inputs, of_record, of_dots = _parts(axes, moved, kept)
+    inputs, record, dots = _parts(leaves, perturbed, kept)
+    of_inputs, of_record, of_dots = _parts(axes, perturbed, kept)
     dots = [_spread(dot, axis, size) for dot, axis in zip(dots, of_dots, strict=True)]
     if not named and all(axis is None for axis in of_inputs + of_record):
         types = tuple(_with_axis(one, size, 0) for one in types)
         record = kept.unflatten(record)
-        out = _bind_linear(function, moved, inputs, record, dots, types, lanes + 1)
+        out = _bind_linear(function, perturbed, inputs, record, dots, types, lanes + 1)
         return out, [0] * len(out)
     wide = [
         None if axis is None and not flag else 0
-        for axis, flag in zip(of_inputs, moved, strict=True)
+        for axis, flag in zip(of_inputs, perturbed, strict=True)
     ]
     inputs = [
         x if new is None else _spread(x, axis, size)
@@ -414,7 +429,7 @@ def _linear_batched(
     record = kept.unflatten(record)
     dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]
     types = tuple(_with_axis(one, size, lanes) for one in types)
-    out = _bind_linear(function.mapped(wide, over), moved, inputs, record, dots, types, lanes)
+    out = _bind_linear(function.mapped(wide, over), perturbed, inputs, record, dots, types, lanes)
     return out, [lanes] * len(out)
 
 

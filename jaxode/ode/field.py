@@ -137,7 +137,7 @@ def check_field(name: str, f: Any, call: str) -> None:
         raise TypeError(f"{arg(name)} must be a function {call}; got {f!r}.")
     got = _first_two(f)
     kinds = [
-        [each in TIMES for each in names] if {*names} <= {*TIMES, *STATES} else None
+        [parameter in TIMES for parameter in names] if {*names} <= {*TIMES, *STATES} else None
         for names in (call.partition("(")[2].rstrip(")").split(", ")[:2], got)
     ]
     if kinds in ([[True, False], [False, True]], [[False, True], [True, False]]):
@@ -155,7 +155,7 @@ def _first_two(f: Callable[..., Any]) -> list[str]:
     except (TypeError, ValueError):
         return []
     positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [each.name for each in parameters[:2] if each.kind in positional]
+    return [parameter.name for parameter in parameters[:2] if parameter.kind in positional]
 
 
 def of_row(args: PyTree, row: PyTree) -> PyTree:

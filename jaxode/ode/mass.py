@@ -67,13 +67,13 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
 
     times = jnp.asarray(t0, jnp.result_type(float))
     if batch is None:
-        found = tuple(leaf[None] for leaf in at(times, y0, row_args))
+        masses = tuple(leaf[None] for leaf in at(times, y0, row_args))
     else:
         axes = (0 if times.ndim else None, 0, None if row_args is None else 0)
-        found = jax.vmap(at, axes)(times, y0, row_args)
-    if not is_known(found):  # `f` closes over what is traced
+        masses = jax.vmap(at, axes)(times, y0, row_args)
+    if not is_known(masses):  # `f` closes over what is traced
         return
-    g, jacobian, y = (np.asarray(leaf, float) for leaf in found)
+    g, jacobian, y = (np.asarray(leaf, float) for leaf in masses)
     block, rows, columns = _equilibrated(jacobian @ right)
     spread = np.linalg.svd(block, compute_uv=False)
     degenerate = ~(spread[:, -1] > ZERO_SINGULAR_VALUE * spread[:, 0])
@@ -88,7 +88,7 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     off = np.abs(_products(inverse, g))
     # The terms that the equations sum up, whose rounding moves the root.
     terms = _products(np.abs(inverse), _products(np.abs(jacobian), np.abs(y)))
-    wrong = ~(off <= _limit(options, y0, batch, np.abs(y), terms, found[2].dtype))
+    wrong = ~(off <= _limit(options, y0, batch, np.abs(y), terms, masses[2].dtype))
     if wrong.any():
         row, number = np.argwhere(wrong)[np.argmax(off[wrong])]
         raise ValueError(

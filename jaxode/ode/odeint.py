@@ -33,13 +33,13 @@ class _StateFirst(UserField):
 
 def _as_state(y: PyTree[Array], dy: PyTree) -> PyTree:
     """`dy` in the structure of `y`. As in the original, it may hold its numbers in another one."""
-    (leaves, structure), found = jax.tree.flatten(y), jax.tree.leaves(dy)
+    (leaves, structure), slopes = jax.tree.flatten(y), jax.tree.leaves(dy)
     sizes = [x.size for x in leaves]
-    if jax.tree.structure(dy) == structure or sum(map(np.size, found)) != sum(sizes):
+    if jax.tree.structure(dy) == structure or sum(map(np.size, slopes)) != sum(sizes):
         return dy
-    parts = jnp.split(jnp.concatenate(list(map(jnp.ravel, found))), np.cumsum(sizes)[:-1])
+    blocks = jnp.split(jnp.concatenate(list(map(jnp.ravel, slopes))), np.cumsum(sizes)[:-1])
     return structure.unflatten(
-        [x.reshape(like.shape) for x, like in zip(parts, leaves, strict=True)]
+        [x.reshape(like.shape) for x, like in zip(blocks, leaves, strict=True)]
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxode._checks.caller import arg, public
-from jaxode.series.units import Rule
+from jaxode.series.units import SeriesRule
 from jaxode.tabular import frames
 from jaxode.tabular.columns.dates import is_date
 from jaxode.tabular.columns.formats import cure_of_numbers
@@ -40,7 +40,7 @@ def from_frame(
         )
     (of_row, no_row), times = _identifiers(frame, row), _numeric_column(frame, time)
     for column, missing in ((row, no_row), (time, np.isnan(times))):
-        Rule(
+        SeriesRule(
             "frame", f"have a value of {column!r} in each line", missing,
             lambda i: f"none in line {i}", "Leave such lines out.",
         ).check()  # fmt: skip
@@ -56,7 +56,7 @@ def from_frame(
     place = np.array([number[name] for name in of_row])
     order = np.lexsort((times, place))
     place, times, values = place[order], times[order], values[order]
-    Rule(
+    SeriesRule(
         "frame", "have each time of a series once",
         (np.diff(place) == 0) & (np.diff(times) == 0),
         lambda i: f"{times[i]:g} twice in {row} {names[place[i]]}", "Merge such lines.",

@@ -19,7 +19,7 @@ RANGE_MARGIN = 0.5  # how far draws may lie beyond the range of training, in suc
 MAX_GAPS = 10_000  # how far one time may lie beyond the one before, in longest gaps of training
 
 
-class Rule(NamedTuple):
+class SeriesRule(NamedTuple):
     """A rule that the values of an argument must keep."""
 
     argument: str
@@ -71,26 +71,26 @@ def check_series(ts: Any, ys: Any) -> tuple[np.ndarray, np.ndarray]:
     return ts, ys
 
 
-def _rules_of_series(ts: np.ndarray, ys: np.ndarray, single: bool) -> Iterator[Rule]:
+def _rules_of_series(ts: np.ndarray, ys: np.ndarray, single: bool) -> Iterator[SeriesRule]:
     """The rules of times and values. Each may rely on those before it."""
-    yield Rule(
+    yield SeriesRule(
         "ts", "be finite", ~np.isfinite(ts),
         lambda i, j: f"{ts[i, j]} in row {i}, at place {j}",
         "Pad a row by repeating its last time, with NaN in ys.",
     )  # fmt: skip
-    yield Rule(
+    yield SeriesRule(
         "ys", "be finite, or NaN for a gap", np.isinf(ys),
         lambda i, j, c: f"{ys[i, j, c]} in row {i}, channel {c}", "Leave it out as NaN.",
     )  # fmt: skip
     is_observed: Any = ~np.isnan(ys).all(axis=2)
-    yield Rule(
+    yield SeriesRule(
         "ys", "have an observation in each row", ~is_observed.any(axis=1),
         lambda i: f"none in row {i}", "Leave such rows out.",
     )  # fmt: skip
     # After its last observation, a row may repeat its time.
     before_last = np.logical_or.accumulate(is_observed[:, ::-1], axis=1)[:, -2::-1]
     step = np.diff(ts, axis=1)
-    yield Rule(
+    yield SeriesRule(
         "ts", "increase within a row up to its last observation",
         (step < 0) | ((step == 0) & before_last),
         lambda i, j: f"{ts[i, j]:.15g} and then {ts[i, j + 1]:.15g} in row {i}",
@@ -128,20 +128,20 @@ def check_at(at: Any, last: Float[np.ndarray, " rows"]) -> Float[np.ndarray, "ro
     return at
 
 
-def _rules_of_forecasts(at: np.ndarray, last: np.ndarray) -> Iterator[Rule]:
+def _rules_of_forecasts(at: np.ndarray, last: np.ndarray) -> Iterator[SeriesRule]:
     """The rules of times to forecast. Each may rely on those before it."""
-    yield Rule(
+    yield SeriesRule(
         "at", "be finite", ~np.isfinite(at),
         lambda i, j: f"{at[i, j]} in row {i}", "Pad a row by repeating its last time.",
     )  # fmt: skip
-    yield Rule(
+    yield SeriesRule(
         "at", "not lie before the last observation of a row", ~(at >= last[:, None]),
         lambda i, j: f"{at[i, j]:.15g} in row {i}, whose last observation is at {last[i]:.15g}",
         "Cut the series there, by NaN in ys, or pass later times.",
     )  # fmt: skip
     step = np.diff(at, axis=1)
     is_padding = (step == 0) & (at[:, 1:] == at[:, -1:])
-    yield Rule(
+    yield SeriesRule(
         "at", "increase", ~((step > 0) | is_padding),
         lambda i, j: f"{at[i, j]:.15g} and then {at[i, j + 1]:.15g} in row {i}",
         "Sort the times. Pad a row by repeating its last time.",
@@ -228,7 +228,7 @@ class Units:
 
         is_constant = np.array([not len(v) or v.min() == v.max() for v in values])
         must = "have different values in each channel"
-        Rule("ys", must, is_constant, got, "Leave the channel out.").check()
+        SeriesRule("ys", must, is_constant, got, "Leave the channel out.").check()
         times = [t[mask] for t, mask in zip(ts, is_observed.any(axis=2), strict=True)]
         gaps = np.concatenate([np.diff(t) for t in times])
         if not gaps.size:
@@ -270,7 +270,7 @@ class Units:
         training. Raises for the argument `name` if they are too many."""
         solves = np.maximum(np.ceil(dt / self.longest - 1e-6), 1.0)
         most = MAX_GAPS * self.longest * self.time
-        Rule(
+        SeriesRule(
             name,
             f"go on by at most {most:g} at a time, {MAX_GAPS} times the longest gap of training",
             solves > MAX_GAPS, lambda i, j: f"{dt[i, j] * self.time:g} in row {i}",

@@ -185,7 +185,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("_jax/modes.py", "by_input, outputs = _pushed(swept, along, inputs, bars_again)",
      "by_input, outputs = swept(inputs)"),
     # A sweep without a record, of several cotangents, is mapped twice.
-    ("_jax/modes.py", "            return function.sweep(moved, touched, inputs, bars)",
+    ("_jax/modes.py", "            return function.sweep(perturbed, touched, inputs, bars)",
      "            return back.value([*inputs, *bars])"),
     # Callbacks and exchanges between mapped rows are lost.
     ("_jax/modes.py", "(program.out_avals, program.effects)", "(program.out_avals, set())"),

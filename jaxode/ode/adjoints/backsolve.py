@@ -127,7 +127,7 @@ class BacksolveAdjoint(ReverseAdjoint):
         moves the trajectory the other way.
         """
         back, quadrature = self._solved_back(solved, bar)
-        problem, integration, wanted = solved.problem, solved.integration, solved.perturbed
+        problem, integration, perturbed = solved.problem, solved.integration, solved.perturbed
         y0, ts = problem.y0, problem.ts
         y0_bar = back.y[:, y0.shape[1] :]
         ok = solved.ok & (back.result == Result.SUCCESS)
@@ -149,10 +149,10 @@ class BacksolveAdjoint(ReverseAdjoint):
             return reduce_rows(jnp.sum, bar * solved.apply(solved.params, t, y), t)
 
         end = problem.t1, integration.y1, instantiate_zeros(bar.y1, y0)
-        t0_bar: Any = by_time((problem.t0, y0, -y0_bar)) if wanted.t0 else None
-        t1_bar: Any = by_time(end) if wanted.t1 else None
+        t0_bar: Any = by_time((problem.t0, y0, -y0_bar)) if perturbed.t0 else None
+        t1_bar: Any = by_time(end) if perturbed.t1 else None
         ts_bar = None
-        if ts is not None and wanted.ts:
+        if ts is not None and perturbed.ts:
             ts_bar = jnp.zeros_like(ts)
             if integration.ys is not None and bar.ys is not None:
                 points = ts, padded(problem, integration.ys), bar.ys

@@ -207,11 +207,11 @@ class ReverseAdjoint(Adjoint):
         """
         raise NotImplementedError
 
-    def reverse(self, wanted: InitialValueProblem) -> Reverse:
-        """The record and the backward pass under `jax.vmap`, for the leaves that are `wanted`."""
+    def reverse(self, perturbed: InitialValueProblem) -> Reverse:
+        """The record and the backward pass under `jax.vmap`, for `perturbed` leaves."""
 
         def pull(
-            wanted: InitialValueProblem,
+            perturbed: InitialValueProblem,
             recorded,
             bar: Integration,
             problem: InitialValueProblem,
@@ -221,14 +221,14 @@ class ReverseAdjoint(Adjoint):
             out = recorded[0]
             useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
             masked = without_cotangent(bar, problem.t0) & useless
-            solved = Solved.of(ended(problem, out), wanted, stepper, recorded, masked)
+            solved = Solved.of(ended(problem, out), perturbed, stepper, recorded, masked)
             bars = solved.mask(*self.pull_back(solved, bar))
             stopped = out.stopped
             if stopped is None or bars.t1 is None:
                 return bars
             return bars._replace(t1=jnp.where(stopped, 0, bars.t1))
 
-        return Reverse(self.record, pull, wanted)
+        return Reverse(self.record, pull, perturbed)
 
 
 def ended(problem: InitialValueProblem, out: Integration) -> InitialValueProblem:

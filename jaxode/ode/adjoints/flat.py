@@ -29,25 +29,30 @@ class FlatSolve(NamedTuple):
         integration = integrate(*self.structure.unflatten(inputs))[0]
         return eqx.partition(integration, with_derivatives(integration))
 
-    def record(self, moved: Flags, inputs: list[Array]):
+    def record(self, perturbed: Flags, inputs: list[Array]):
         """The parts of `run`, with what the sweep reads."""
-        recorded = self._reverse(moved).forward(*self.structure.unflatten(inputs))
+        recorded = self._reverse(perturbed).forward(*self.structure.unflatten(inputs))
         return *eqx.partition(recorded[0], with_derivatives(recorded[0])), recorded
 
     def recorded_sweep(
-        self, moved: Flags, touched: Flags, inputs: list[Array], recorded: Any, bars: list[Array]
+        self,
+        perturbed: Flags,
+        touched: Flags,
+        inputs: list[Array],
+        recorded: Any,
+        bars: list[Array],
     ) -> list[Array]:
-        """The cotangents of the inputs that moved, from those of the outputs that are touched."""
+        """The cotangents of perturbed inputs, from those of the outputs that are touched."""
         problem, stepper = self.structure.unflatten(inputs)
         outputs = jax.tree.structure(eqx.filter(recorded[0], with_derivatives(recorded[0])))
-        rest, reverse = iter(bars), self._reverse(moved)
-        bar = outputs.unflatten([next(rest) if flag else None for flag in touched])
+        next_bar, reverse = iter(bars), self._reverse(perturbed)
+        bar = outputs.unflatten([next(next_bar) if flag else None for flag in touched])
         return pulled_leaves(
-            reverse.wanted, problem, reverse.backward(recorded, bar, problem, stepper)
+            reverse.perturbed, problem, reverse.backward(recorded, bar, problem, stepper)
         )
 
-    def _reverse(self, moved: Flags) -> Reverse:
-        return self.reverse(self.structure.unflatten(moved)[0])
+    def _reverse(self, perturbed: Flags) -> Reverse:
+        return self.reverse(self.structure.unflatten(perturbed)[0])
 
     @property
     def function(self) -> WithSweep:
@@ -70,13 +75,14 @@ def pulled_back(
     reverse: Callable[[InitialValueProblem], Reverse],
     problem: InitialValueProblem,
     stepper: Stepper,
-    wanted: InitialValueProblem,
+    perturbed: InitialValueProblem,
     recorded: tuple[Integration, Any],
     bar: Integration,
 ) -> InitialValueProblem:
     """The cotangents of the problem, with every mode and order of differentiation."""
     inputs, structure = jax.tree.flatten((problem, stepper))
-    moved = *map(bool, jax.tree.leaves(wanted)), *(False for _ in jax.tree.leaves(stepper))
+    unperturbed = (False for _ in jax.tree.leaves(stepper))
+    flags = *map(bool, jax.tree.leaves(perturbed)), *unperturbed
     outputs = jax.tree.structure(eqx.filter(recorded[0], with_derivatives(recorded[0])))
     bars = outputs.flatten_up_to(eqx.filter(bar, with_derivatives(recorded[0])))
     touched = tuple(bar is not None for bar in bars)
@@ -84,8 +90,8 @@ def pulled_back(
         return jax.tree.map(lambda _: None, problem)
     bars = [bar for bar in bars if bar is not None]
     function = FlatSolve(reverse, structure).function
-    pulled = iter(sweep_of(function, moved, touched, inputs, recorded, bars))
-    return jax.tree.map(lambda _, flag: next(pulled) if flag else None, problem, wanted)
+    pulled = iter(sweep_of(function, flags, touched, inputs, recorded, bars))
+    return jax.tree.map(lambda _, flag: next(pulled) if flag else None, problem, perturbed)
 
 
 def undifferentiated(stepper: Stepper) -> Stepper:
@@ -103,9 +109,9 @@ def with_derivatives(integration: Integration) -> Integration:
     return flags._replace(y1=True, ys=ys, trajectory=steps)
 
 
-def pulled_leaves(wanted: Any, inputs: Any, bars: Any) -> list[Array]:
-    """The cotangents of the leaves that are `wanted`. None in `bars` is zero."""
-    flags, structure = jax.tree.flatten(wanted)
+def pulled_leaves(perturbed: Any, inputs: Any, bars: Any) -> list[Array]:
+    """The cotangents of the leaves that are `perturbed`. None in `bars` is zero."""
+    flags, structure = jax.tree.flatten(perturbed)
     of_all = zip(structure.flatten_up_to(bars), jax.tree.leaves(inputs), flags, strict=True)
     pulled = [(jnp.zeros_like(x) if bar is None else bar, x) for bar, x, flag in of_all if flag]
     assert all((bar.shape, bar.dtype) == (x.shape, x.dtype) for bar, x in pulled)

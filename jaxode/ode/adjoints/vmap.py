@@ -44,7 +44,7 @@ def vmappable(solve: Solver, problem: InitialValueProblem, stepper: Stepper) -> 
 def _rule(
     f: Callable[..., Any],
     as_rows: Callable[..., Any],
-    wanted: InitialValueProblem | None = None,
+    perturbed: InitialValueProblem | None = None,
     otherwise: Callable[..., Any] | None = None,
 ) -> Rule:
     """`as_rows(many, mapped, *args)` if problems can be rows of one solve. If not, `jax.vmap` of
@@ -54,7 +54,7 @@ def _rule(
         *_, problem, stepper = args
         if is_busy(problem.field):
             return one_by_one(f, mapped, *args)
-        many = Many.of(size, mapped[-2:], problem, stepper, wanted)
+        many = Many.of(size, mapped[-2:], problem, stepper, perturbed)
         if many is None:
             return plain(otherwise or f, mapped, *args)
         return as_rows(many, mapped, *args)
@@ -81,7 +81,7 @@ class Reverse(NamedTuple):
     """A solution and its trajectory."""
     pull: Callable[[Any, Any, Integration, InitialValueProblem, Stepper], InitialValueProblem]
     """`(wanted, recorded, bar, problem, stepper)` -> the cotangents of the problem."""
-    wanted: InitialValueProblem
+    perturbed: InitialValueProblem
     """Which leaves are differentiated."""
 
     def forward(self, problem: InitialValueProblem, stepper: Stepper) -> tuple[Integration, Any]:
@@ -96,7 +96,7 @@ class Reverse(NamedTuple):
             joined = many.join(mapped[0], problem, stepper)
             return many.split(integrate(joined, stepper)[0]), trajectory
 
-        rule = _rule(self.record, as_rows, self.wanted)
+        rule = _rule(self.record, as_rows, self.perturbed)
         return _with_rule(self.record, rule, problem, stepper)
 
     def backward(
@@ -105,7 +105,7 @@ class Reverse(NamedTuple):
         """`pull(wanted, recorded, bar, problem, stepper)`."""
 
         def pull(*args):
-            return self.pull(self.wanted, *args)
+            return self.pull(self.perturbed, *args)
 
         def pull_of_any(recorded, bar, problem, stepper):
             if recorded[1] is not None:
@@ -118,7 +118,7 @@ class Reverse(NamedTuple):
                 recorded = jax.lax.cond(missing, again, lambda: recorded)
             return pull(recorded, bar, problem, stepper)
 
-        of_each = _rule(pull, self._of_rows, self.wanted, pull_of_any)
+        of_each = _rule(pull, self._of_rows, self.perturbed, pull_of_any)
 
         def rule(size: int, mapped: Any, *args: Any):
             if not any(jax.tree.leaves((mapped[0], mapped[2:]))):
@@ -151,20 +151,20 @@ class Reverse(NamedTuple):
     def _of_rows(self, many: "Many", mapped: Any, recorded: Any, bar, problem, stepper):
         of_recorded, of_bar, own, _ = mapped
 
-        def of_each(x, its, wanted):
-            return many.spread(x, its) if wanted else x
+        def of_each(x, its, perturbed):
+            return many.spread(x, its) if perturbed else x
 
-        problem = jax.tree.map(of_each, problem, own, self.wanted)
-        own = jax.tree.map(operator.or_, own, self.wanted)
-        values, rest = eqx.partition(problem, self.wanted)
-        wanted = many.flags(own, self.wanted)
+        problem = jax.tree.map(of_each, problem, own, self.perturbed)
+        own = jax.tree.map(operator.or_, own, self.perturbed)
+        values, rest = eqx.partition(problem, self.perturbed)
+        perturbed = many.flags(own, self.perturbed)
 
         def join(values):
             joined = many.join(own, eqx.combine(values, rest), stepper)
-            return eqx.filter(joined, wanted), joined
+            return eqx.filter(joined, perturbed), joined
 
         _, split_bars, joined = jax.vjp(join, values, has_aux=True)
-        wanted = wanted._replace(field=joined.field)  # which has no constants of its own
+        perturbed = perturbed._replace(field=joined.field)  # which has no constants of its own
         ran = many.spread(_steps_of(recorded), _steps_of(of_recorded)).reshape(joined.t0.shape)
         recorded = self._again(joined, stepper, ran)
         solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
@@ -173,7 +173,7 @@ class Reverse(NamedTuple):
             return jnp.zeros_like(like) if bar is None else many.spread(bar, its)
 
         (bar,) = join_bars(jax.tree.map(instantiate_zeros, solutions, bar, of_bar))
-        return split_bars(self.pull(wanted, recorded, bar, joined, stepper))[0]
+        return split_bars(self.pull(perturbed, recorded, bar, joined, stepper))[0]
 
     def _again(self, problem: InitialValueProblem, stepper: Stepper, ran: Int[Array, " rows"]):
         """Solve again. A solve that did not run, in a branch that is not taken, must not seem to
@@ -208,10 +208,10 @@ class Many(NamedTuple):
         mapped: tuple[InitialValueProblem, Stepper],
         problem: InitialValueProblem,
         stepper: Stepper,
-        wanted: Any = None,
+        perturbed: Any = None,
     ) -> "Many | None":
-        """None if mapped problems can't be rows. With the leaves that are `wanted`, for a gradient
-        of each problem."""
+        """None if mapped problems can't be rows. With `perturbed` leaves, for the gradient of each
+        problem."""
         (of_problem, of_stepper), rows = mapped, problem.t0.shape[-1]
         samples, n = problem.y0.shape[-2:]
         shared = of_problem.field, of_problem.args[0]
@@ -220,8 +220,8 @@ class Many(NamedTuple):
         if rows == 1 < samples and (stepper.method.implicit or stepper.controller.atol.ndim):
             # All samples of a problem would have one Jacobian, and tolerances are those of one.
             return None
-        if wanted is not None:
-            copied = eqx.filter(problem, wanted)
+        if perturbed is not None:
+            copied = eqx.filter(problem, perturbed)
             copied = eqx.filter((copied.field, copied.args[0]), shared, inverse=True)
             if sum(x.size for x in jax.tree.leaves(copied)) > MOST_COPIED:
                 return None
@@ -284,11 +284,11 @@ class Many(NamedTuple):
         return call
 
     def flags(
-        self, mapped: InitialValueProblem, wanted: InitialValueProblem
+        self, mapped: InitialValueProblem, perturbed: InitialValueProblem
     ) -> InitialValueProblem:
-        """Which leaves of one problem are `wanted`, where all of them are `mapped`."""
-        own, shared = eqx.partition((wanted.field, wanted.args), self._own(mapped))
-        return wanted._replace(field=False, args=(shared, own))
+        """Which leaves of one problem are `perturbed`, where all of them are `mapped`."""
+        own, shared = eqx.partition((perturbed.field, perturbed.args), self._own(mapped))
+        return perturbed._replace(field=False, args=(shared, own))
 
     def _own(self, mapped: InitialValueProblem) -> PyTree:
         """Which values of `(field, args)` belong to a row, or to the rows of a problem."""

@@ -35,13 +35,13 @@ class Checkpoints(NamedTuple):
         k = jnp.zeros((first + 1, stages, *y0.shape), y0.dtype) if first > 0 else None
         return cls(jnp.full(slots, -1, jnp.int32), y, k, jnp.ones((), jnp.int32))
 
-    def _write(self, free: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
+    def _write(self, empty: Bool[Array, " usable"], step, y, k, keep: Bool[Array, ""]):
         """Keep a step in the first free slot if `keep` and there is one.
 
         Writing beyond a buffer is writing into its last place.
         """
         slots = self.step.shape[0]
-        slot = jnp.where(keep, _first(free, slots), slots)
+        slot = jnp.where(keep, _first(empty, slots), slots)
 
         def write(buffer, value):
             return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
@@ -62,11 +62,11 @@ class Checkpoints(NamedTuple):
         """Keep a step if the stride says so, while the solve runs forward."""
         slots = self.step.shape[0]
         used = self.step[: slots - slots // 4]
-        free = (used < 0) | (used & (self.stride - 1) != 0)
+        empty = (used < 0) | (used & (self.stride - 1) != 0)
         keep = advanced & (step & (self.stride - 1) == 0)
-        last_slot = keep & (jnp.sum(free, dtype=jnp.int32) == 1)
+        last_slot = keep & (jnp.sum(empty, dtype=jnp.int32) == 1)
         stride = jnp.where(last_slot, 2 * self.stride, self.stride)
-        return self._write(free, step, y, k, keep)._replace(stride=stride)
+        return self._write(empty, step, y, k, keep)._replace(stride=stride)
 
     def latest_before(self, stop: Int[Array, ""]):
         """The last kept step before number `stop`: its number, state and, if kept, stages.
@@ -91,15 +91,15 @@ class Checkpoints(NamedTuple):
         Slots of steps from `stop` on are free. If they can hold the whole stretch, every step is
         kept. Otherwise half of them split it, and the other half is left for the next level.
         """
-        free = jnp.sum((self.step < 0) | (self.step >= stop), dtype=jnp.int32)
+        empty = jnp.sum((self.step < 0) | (self.step >= stop), dtype=jnp.int32)
         length = stop - start
-        used = jnp.maximum(free // 2, jnp.minimum(free, 1))
-        return jnp.where(length - 1 <= free, 1, jax.lax.div(length + used, used + 1))
+        used = jnp.maximum(empty // 2, jnp.minimum(empty, 1))
+        return jnp.where(length - 1 <= empty, 1, jax.lax.div(length + used, used + 1))
 
     def keep_replayed(self, step: Int[Array, ""], y, k, stop: Int[Array, ""], keep):
         """Keep a replayed step in a slot that the steps before `stop` do not need."""
-        free = (self.step < 0) | (self.step >= stop)
-        return self._write(free, step, y, k, keep)
+        empty = (self.step < 0) | (self.step >= stop)
+        return self._write(empty, step, y, k, keep)
 
 
 def _first(mask: Bool[Array, " places"], otherwise: int) -> Int[Array, ""]:

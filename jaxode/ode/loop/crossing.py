@@ -86,10 +86,15 @@ def watch(
         return look(t + theta * h, curve.at(t + theta * h))
 
     # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
-    ends, searched = (look(now_.t, now_.y), look(then_.t, then_.y)), accept & ~landing & (h != 0)
-    found, theta, jumps = _first_crossing(stepper.stop, inside, ends, step_, searched, span)
+    values_at_ends, searched = (
+        (look(now_.t, now_.y), look(then_.t, then_.y)),
+        accept & ~landing & (h != 0),
+    )
+    crosses, theta, jumps = _first_crossing(
+        stepper.stop, inside, values_at_ends, step_, searched, span
+    )
     _, rate = _slope(inside, jnp.ones_like(t))
-    move = -ends[1].astype(t.dtype) * h / jnp.where(rate == 0, 1, rate)
+    move = -values_at_ends[1].astype(t.dtype) * h / jnp.where(rate == 0, 1, rate)
     move = jnp.where((rate != 0) & jnp.isfinite(move), move, 0)
     settled = jnp.maximum(100 * eps, 1e-4 * stepper.controller.rtol.astype(t.dtype)) * span
     # Moves as small as the rounding of the condition, or of the time, are no failure.
@@ -97,15 +102,15 @@ def watch(
     landed = landing & accept
     far = landed & (jnp.abs(move) > settled)
     again = far & (search.landings < MOST_LANDINGS - 1)
-    lost = (far & ~again & (jnp.abs(move) > rounded)) | (found & jumps)
+    lost = (far & ~again & (jnp.abs(move) > rounded)) | (crosses & jumps)
     stops = landed & ~again & ~lost
     low, high = jnp.minimum(t, end), jnp.maximum(t, end)
     target = jnp.where(again, jnp.clip(then_.t + move, low, high), jnp.nan)
-    target = jnp.where(found, t + theta * h, target)
+    target = jnp.where(crosses, t + theta * h, target)
     search = CrossingSearch(
         target, search.landings + landed.astype(jnp.int32), search.stopped | stops
     )
-    left_out = found | again | lost
+    left_out = crosses | again | lost
 
     def keep(new, old):
         return jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
@@ -113,7 +118,7 @@ def watch(
     done = jnp.where(landing, now.done | stops, then.done)
     kept = jax.tree.map(keep, then._replace(done=done), now)
     kept = kept._replace(
-        t=jnp.where(lost, jnp.where(found, t + theta * h, then_.t), kept.t),
+        t=jnp.where(lost, jnp.where(crosses, t + theta * h, then_.t), kept.t),
         result=jnp.where(lost, Result.EVENT_NOT_FOUND, then.result).astype(jnp.int32),
         rejected=then.rejected + (left_out & accept).astype(jnp.int32),
     )
@@ -126,15 +131,15 @@ def _slope(inside: Inside, theta: Float[Array, " rows"]):
     return value.astype(theta.dtype), rate.astype(theta.dtype)
 
 
-def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, searched, span):
+def _first_crossing(crossing: Crossing, inside: Inside, values_at_ends, step: Step, searched, span):
     """Find the first zero of the condition: whether there is one, at which part of the step, and
-    whether it jumps there. It is known at the `ends`, and searched in some rows."""
+    whether it jumps there. It is known at the `values_at_ends`, and searched in some rows."""
     t, h = step.t, step.h
     thetas, eps = jnp.linspace(0, 1, LOOKS_PER_STEP + 1, dtype=t.dtype), jnp.finfo(t.dtype).eps
     between = jax.vmap(lambda theta: inside(jnp.full_like(t, theta)))(thetas[1:-1])
-    values = jnp.concatenate([ends[0][None], between, ends[1][None]])
+    values = jnp.concatenate([values_at_ends[0][None], between, values_at_ends[1][None]])
     crossed = crossing.between(values[:-1], values[1:]) & searched[None]
-    found, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
+    crosses, part = crossed.any(axis=0), jnp.argmax(crossed, axis=0)
 
     def refined():
         """The root between two looks, and whether the condition jumps there.
@@ -158,4 +163,4 @@ def _first_crossing(crossing: Crossing, inside: Inside, ends, step: Step, search
         jumps = (rate != 0) & (jnp.abs(value * h) > jnp.abs(rate) * off)
         return theta, jumps
 
-    return found, *jax.lax.cond(found.any(), refined, lambda: (jnp.ones_like(t), found))
+    return crosses, *jax.lax.cond(crosses.any(), refined, lambda: (jnp.ones_like(t), crosses))

@@ -66,8 +66,8 @@ def _eliminate(a: Float[Array, "n n samples"]):
         first = jnp.sum(jnp.where(at_pivot, order[j:], 0), axis=0, dtype=jnp.int32)
         others = jnp.where(at_pivot[1:], order[j][None], order[j + 1 :])
         factor = below[:, j] / row[j][None]
-        rest = below[:, j + 1 :] - factor[:, None] * row[None, j + 1 :]
-        below = jnp.concatenate([below[:, :j], factor[:, None], rest], axis=1)
+        remaining = below[:, j + 1 :] - factor[:, None] * row[None, j + 1 :]
+        below = jnp.concatenate([below[:, :j], factor[:, None], remaining], axis=1)
         a = jnp.concatenate([a[:j], row[None], below])
         order = jnp.concatenate([order[:j], first[None], others])
     return a, order
@@ -90,8 +90,8 @@ def _substitute(lu, order, b: Float[Array, "n samples"], transposed: bool):
                 x[j] = x[j] / lu[j, j]
             for i in range(j) if backwards else range(j + 1, n):
                 x[i] = x[i] - (lu[j, i] if transposed else lu[i, j]) * x[j]
-    found = jnp.array(x, b.dtype).reshape(b.shape)
-    return permuted(found[:, None], 0) if transposed else found
+    solution = jnp.array(x, b.dtype).reshape(b.shape)
+    return permuted(solution[:, None], 0) if transposed else solution
 
 
 def _substitute_each(lu, order, b: Float[Array, "samples n"], transposed: bool):
