@@ -251,7 +251,7 @@ def _tangent_type(x: Any) -> Any:
 # of `function`; the others have none.
 _value = Primitive("with_sweep")
 _value.multiple_results = True
-# The tangents of the outputs, from the inputs, the record, and the tangents of perturbed inputs. All
+# The tangents of the outputs, from the inputs, the record, and tangents of perturbed inputs. All
 # tangents may have leading axes, `lanes`.
 _linear = Primitive("tangent_with_sweep")
 _linear.multiple_results = True
