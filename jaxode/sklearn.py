@@ -96,7 +96,7 @@ class FlowDensity(DensityMixin, _Flow):
     """The density of rows, by `jaxode.tabular.fit`, as an estimator of scikit-learn.
 
     Args:
-        seconds: end after this time of training; a minute by default.
+        seconds: wall-clock time of training, as of `tabular.fit`; one minute by default.
         steps: end after this many steps. Without `seconds`, the result is a function of
             `random_state`.
         members, kinds, bounds, other: as for `tabular.fit`.

@@ -218,7 +218,8 @@ def estimate(
         args: data that change from call to call, a pytree: with it, all functions get the pair
             `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each experiment, `[rows, ...]`.
-        seconds: end after this time, with compilation, late by ten steps of eight starts and an
+        seconds: wall-clock time of the search, without limit by default. It counts everything,
+            compilation too. The search ends late by up to ten steps of eight starts and an
             evaluation of each.
         steps: of the search on all observations, 200 by default.
         progress: write lines on stderr.

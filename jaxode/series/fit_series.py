@@ -71,8 +71,8 @@ def fit(
             last time, with NaN in `ys`.
         ys: values in any units, `[rows, times, channels]`. NaN where nothing was observed.
         key: draws everything: the series set aside, the first network, batches.
-        seconds: end after this time of training, which does not count compilation. A minute by
-            default.
+        seconds: wall-clock time of training, one minute by default. It counts steps and
+            validations; it does not count compilation, with the first validation.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
         validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.

@@ -90,8 +90,9 @@ def fit(
         other: categories with fewer rows are pooled, and unseen ones of given columns count as one
             of those. By default all of given columns and the 500 most frequent ones of others are
             kept, and unseen ones raise where none are pooled.
-        seconds: end after this time of training; a minute by default. A quarter goes to the
-            categories.
+        seconds: wall-clock time of training, one minute by default. It counts steps and
+            validations; it does not count compilation, with the first validation, or reading and
+            calibration. A quarter goes to the categories.
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
         validation: the part of the rows to set aside, another one for each network, or a frame of

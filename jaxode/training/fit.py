@@ -116,8 +116,9 @@ def fit(
         weights: of the rows, at least 0; only their ratios count. Steps draw rows in proportion to
             them, and validations take weighted means; validation rows of your own count equally. A
             row of weight 0 is left out, whatever it holds.
-        seconds: end after this time of training, late by a block of a second and a validation. It
-            counts neither compilation, with the first validation, nor the fitting of maps.
+        seconds: wall-clock time of training, one minute by default. It counts steps and
+            validations; it does not count compilation, with the first validation, or the fitting
+            of maps. Training ends late by up to a block of a second and a validation.
         steps: end after this many steps, of each network. Without `seconds`, the result is a
             function of `key`.
         validation: the part of the rows to set aside, another one for each network of an ensemble;
