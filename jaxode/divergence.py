@@ -86,7 +86,7 @@ class Divergence:
 
     @property
     def name(self) -> str:
-        """For `describe` and messages."""
+        """The name in `describe` and messages."""
         return repr(self)
 
     def init(self, key: PRNGKeyArray | None, z: Float[Array, " *event"]) -> Any:

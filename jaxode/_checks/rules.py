@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     """A rule that arguments must satisfy."""
 
     argument: str
-    """In messages. `{name}` stands for the name of any argument."""
+    """The argument in messages; `{name}` stands for the name of any."""
     holds: Callable[..., Any]
     """Whether it holds, per row of the values."""
     words: str

@@ -154,7 +154,7 @@ def row_count(x: Shaped[Array, "batch ..."], key: PRNGKeyArray, axis_name: AxisN
 
 
 def _split_axes(x, key: PRNGKeyArray, axis_name: AxisName | None) -> tuple[Any, ...]:
-    """In the order of the devices."""
+    """The axes over which rows are split, in the order of the devices."""
     axes = axes_of(x) - axes_of(key)
     if not axes_of(x) and axis_name is not None:
         axes = frozenset(axis_name if isinstance(axis_name, tuple) else (axis_name,))

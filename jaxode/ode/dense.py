@@ -30,7 +30,7 @@ class Interpolant(eqx.Module):
     """The end state. NaN in a failed row, whose whole path is then NaN."""
     method: Method = eqx.field(static=True)
     ravel: Any = eqx.field(static=True)
-    """Its `back` maps rows to states."""
+    """Maps rows to states, by `back`."""
     batch: Any = eqx.field(static=True)
     """Step sizes of the samples: "joint", "per_sample", or None for a single state."""
 

@@ -96,7 +96,7 @@ class SystemField(eqx.Module):
 
     f: Callable[..., PyTree]
     jacobian: Callable[..., Array] | None = None
-    """By the state, a function of the same arguments as `f` of the user."""
+    """The user's Jacobian by the state, a function of the same arguments as `f`, or None."""
     name: ClassVar[str] = "f"
     call: ClassVar[str] = "(t, y, args)"
     hint: ClassVar[str] = ""

@@ -84,7 +84,7 @@ class Cuts(NamedTuple):
 
     @classmethod
     def of(cls, problem: InitialValueProblem, times=None, breakpoints=None) -> "Cuts":
-        """At the `times` of jumps, and at the breakpoints between the ends of each row."""
+        """Cut at the `times` of jumps, and at the breakpoints between the ends of each row."""
         start, end = problem.t0[None], problem.t1[None]
         times = start[:0] if times is None else times
         is_jump, number, times = _without_padding(times, problem.t0)
@@ -102,7 +102,7 @@ class Cuts(NamedTuple):
         return jax.tree.map(lambda x: jnp.take_along_axis(x, order, axis=0), cuts)
 
     def then(self, end: Float[Array, " rows"]) -> "Cuts":
-        """With the end of the solve as the last one."""
+        """Append the end of the solve as the last cut."""
         none = jnp.zeros((1, *end.shape), bool)
         last = Cuts(end[None], none.astype(jnp.int32), none, ~none)
         return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, last)

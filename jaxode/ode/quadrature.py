@@ -132,7 +132,7 @@ class Quadrature(NamedTuple):
         return walk_back(self.solved, visit, carry)[0]
 
     def interior(self, step: Step, number, bar: Step, params_bar, carry):
-        """For `Sweep.interior`.
+        """Integrate a step and pull its cotangents back, for `Sweep.interior`.
 
         It carries the integrals, their derivatives with respect to both times through the step
         sizes, and the size of the next step.
@@ -186,7 +186,7 @@ class Quadrature(NamedTuple):
         values, dparams, dtime, dstate = pulled
 
         def contribution(index, theta, scale, values, slope, beta, dtime, dstate):
-            """To the cotangents of the step, the integrals, and their derivatives by the times."""
+            """What a node adds to the step's cotangents, the integrals and their time derivatives."""
             of_node = scale * values[:, : self.bars.shape[1]]
             k_bar = step.h[None, :, None] * (beta * dstate[None])
             if speeds is None:

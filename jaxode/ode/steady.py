@@ -166,7 +166,7 @@ class _Row(eqx.Module):
         return self.flat(dy)
 
     def scaled(self, t, y: Float[Array, " n"], inputs):
-        """As `jaxode.solve` takes it, of a state in units of its size."""
+        """The field for `jaxode.solve`, of a state in units of its size."""
         args, (row, size) = inputs
         return self(t, y * size, args, row) / size
 

@@ -92,7 +92,7 @@ class Solved(NamedTuple):
         others: tuple[Any, ...] = (),
         perturbed_others: tuple[Any, ...] = (),
     ) -> "Solved":
-        """With the rows `masked`. `others` are differentiated together with the field."""
+        """Make it with `masked` rows. `others` are differentiated together with the field."""
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, trajectory = recorded

@@ -21,7 +21,7 @@ class Slope(NamedTuple):
     piece: Float[Array, "rows 2"] | None = None
     """The ends of the piece of the solve in which it is evaluated, if it may jump there."""
     seen: Callable[..., Any] = lambda t, y: (t, y)
-    """The time and state at which it is evaluated instead of the given ones."""
+    """Maps a time and a state to those at which the field is evaluated."""
 
     def __call__(
         self, t: Float[Array, " rows"], y: Float[Array, "samples n"]
@@ -30,12 +30,12 @@ class Slope(NamedTuple):
 
     @property
     def jacobian(self) -> Callable[..., Float[Array, "samples n n"]] | None:
-        """Its Jacobian by the state, if the user gave one."""
+        """The field's Jacobian by the state, if the user gave one."""
         jacobian = self.field.jacobian
         return jacobian and (lambda t, y: jacobian(*self._inside(t, y), self.args))
 
     def _inside(self, t, y):
-        """At an end of the piece, the time is some roundings inside."""
+        """Move a time at an end of the piece inside, by a few roundings."""
         t, y = self.seen(t, y)
         if self.piece is None:
             return t, y
@@ -107,7 +107,7 @@ class Stepper(eqx.Module):
         return self.controller.max_steps if self.steps is None else self.steps
 
     def controlled(self, **changed: Any) -> "Stepper":
-        """With other settings of its controller."""
+        """Change settings of the controller."""
         controller = dataclasses.replace(self.controller, **changed)
         return dataclasses.replace(self, controller=controller)
 

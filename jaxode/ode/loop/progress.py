@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def start(cls, t, h, y, result) -> "Progress":
-        """At the start of a solve. An empty span takes one step of size zero, which carries the
+        """Begin a solve. An empty span takes one step of size zero, which carries the
         derivatives with respect to times."""
         zero = jnp.zeros(t.shape, jnp.int32)
         result = result.astype(jnp.int32)

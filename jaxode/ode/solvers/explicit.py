@@ -76,7 +76,7 @@ class RungeKutta(Method):
         return self.interpolation(t0=0.0, t1=1.0, y0=y0, y1=y1, k=k).evaluate(theta)
 
     def evaluate(self, field: Field, t, h, y, slope, count: int):
-        """In a loop with one copy of `field`."""
+        """Evaluate the stages in a loop, which holds one copy of `field`."""
         A, c = jnp.asarray(self.A[:count, :count], y.dtype), jnp.asarray(self.c, t.dtype)
         k = jax.lax.full_like(y, 0, shape=(count, *y.shape))
         if slope is not None:

@@ -23,7 +23,7 @@ class Factors(NamedTuple):
     """
 
     lu: Float[Array, "n n samples"] | Float[Array, "samples n n"]
-    """With the samples last if the elimination was unrolled."""
+    """Both factors. Samples come last if the elimination was unrolled."""
     order: Int[Array, "n samples"] | Int[Array, "samples n"]
     """Row `i` of the product is row `order[i]` of the matrix."""
     scale: Float[Array, "samples n"]
