@@ -96,7 +96,7 @@ class SystemField(eqx.Module):
 
     f: Callable[..., PyTree]
     jacobian: Callable[..., Array] | None = None
-    """The user's Jacobian by the state, a function of the same arguments as `f`, or None."""
+    """The user's Jacobian by the state, a function of the arguments of `f`, or None."""
     name: ClassVar[str] = "f"
     call: ClassVar[str] = "(t, y, args)"
     hint: ClassVar[str] = ""

@@ -186,7 +186,7 @@ class Quadrature(NamedTuple):
         values, dparams, dtime, dstate = pulled
 
         def contribution(index, theta, scale, values, slope, beta, dtime, dstate):
-            """What a node adds to the step's cotangents, the integrals and their time derivatives."""
+            """What a node adds to the cotangents of the step, the integrals, and their slopes."""
             of_node = scale * values[:, : self.bars.shape[1]]
             k_bar = step.h[None, :, None] * (beta * dstate[None])
             if speeds is None:
