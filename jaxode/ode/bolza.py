@@ -1,7 +1,7 @@
 """Bolza objectives of optimal control: running costs less a payoff, summed over rows.
 
     J      = sum over rows of  weight * (coefficients @ integrals of running costs - payoff)
-    payoff = terminal(y(t1)) + integral over [t0, t1] of the running payoff
+    payoff = terminal payoff at y(t1) + integral over [t0, t1] of the running payoff
 
 Value and gradient come from one sweep. The forward solve carries only the state. The backward sweep
 evaluates the integrands at quadrature nodes on the solver's dense output, and pulls them back to
