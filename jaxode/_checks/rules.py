@@ -136,8 +136,8 @@ def _all(holds: Any) -> Any:
     return holds.all() if np.ndim(holds) else holds
 
 
-# The argument that a caller names, and the rows of a batch that break a rule.
-NUMBER, NOT_FINITE = "{name}=...", "got NaN or inf in {rows}"
+NUMBER = "{name}=..."  # the argument that a caller names
+NOT_FINITE = "got NaN or inf in {rows}"  # the rows of a batch that break a rule
 TIME = Rule(NUMBER, _is_finite, "must be a finite time")
 TOLERANCE = Rule(
     NUMBER, lambda x: _all((x >= 0) & _is_finite(x)), "must be a finite tolerance of at least 0"

@@ -123,7 +123,8 @@ class ContextError(ValueError):
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, KeyError)
 
 
-TIMES, STATES = ("t", "time"), ("y", "x", "z", "u", "state")  # names of parameters
+TIME_NAMES = ("t", "time")  # of the first parameter of a field
+STATE_NAMES = ("y", "x", "z", "u", "state")  # of the second one
 
 
 def check_field(name: str, f: Any, call: str) -> None:
@@ -137,7 +138,9 @@ def check_field(name: str, f: Any, call: str) -> None:
         raise TypeError(f"{arg(name)} must be a function {call}; got {f!r}.")
     got = _first_two(f)
     kinds = [
-        [parameter in TIMES for parameter in names] if {*names} <= {*TIMES, *STATES} else None
+        [parameter in TIME_NAMES for parameter in names]
+        if {*names} <= {*TIME_NAMES, *STATE_NAMES}
+        else None
         for names in (call.partition("(")[2].rstrip(")").split(", ")[:2], got)
     ]
     if kinds in ([[True, False], [False, True]], [[False, True], [True, False]]):

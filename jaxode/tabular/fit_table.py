@@ -182,7 +182,7 @@ def _members(members: int | None, rows: int) -> int:
     return MEMBERS if rows <= MAX_ENSEMBLE_ROWS else 1
 
 
-class Split(NamedTuple):
+class EncodedSplit(NamedTuple):
     """The rows to train a network on, and its validation rows."""
 
     rows: Encoded
@@ -193,7 +193,7 @@ class Split(NamedTuple):
 
 def _split(
     encoder: Encoder, frame: Any, validation: Any, key: PRNGKeyArray, members: int, weights: Any
-) -> list[Split]:
+) -> list[EncodedSplit]:
     """Set other rows aside for each member, or take those of a frame `validation` for all."""
     rows = encoder.encode(frame)
     draw = np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -218,20 +218,20 @@ def _split(
                 stacklevel=4,
             )
         aside = take(aside, draw.permutation(usable)[:MAX_VALIDATION_ROWS])
-        return [Split(rows, aside, weights)] * members
+        return [EncodedSplit(rows, aside, weights)] * members
 
     def weights_of(chosen):
         return None if weights is None else weights[chosen]
 
     return [
-        Split(take(rows, train), take(rows, aside), weights_of(train), weights_of(aside))
+        EncodedSplit(take(rows, train), take(rows, aside), weights_of(train), weights_of(aside))
         for train, aside in split_rows(validation, draw.permutation(len(frame)), members)
     ]
 
 
 def _train_categories(
     encoder: Encoder,
-    splits: list[Split],
+    splits: list[EncodedSplit],
     key: PRNGKeyArray,
     limits: Limits,
     progress: bool,
@@ -258,7 +258,7 @@ def _train_categories(
 
 def _train_numbers(
     encoder: Encoder,
-    splits: list[Split],
+    splits: list[EncodedSplit],
     plan: Plan,
     key: PRNGKeyArray,
     begin: float,
@@ -267,7 +267,7 @@ def _train_numbers(
     cells = encoder.as_cells(splits[0].rows)
     noise = CellNoise.from_cells(encoder.domain, cells)
 
-    def dataset(split: Split) -> Dataset:
+    def dataset(split: EncodedSplit) -> Dataset:
         source = InMemory(encoder.as_cells(split.rows), weights=split.weights)
         return Dataset(source, encoder.as_cells(split.aside), noise, split.aside_weights)
 
@@ -318,7 +318,7 @@ def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:
 
 
 def _levels_aside(
-    encoder: Encoder, density: Density, splits: list[Split], key: PRNGKeyArray
+    encoder: Encoder, density: Density, splits: list[EncodedSplit], key: PRNGKeyArray
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The levels of validation rows, each in the density of a network that did not train on it; and
     their weights, if there are any."""
@@ -333,7 +333,7 @@ def _levels_aside(
     return np.concatenate(all_levels), None if weights[0] is None else np.concatenate(weights)
 
 
-def _moments(encoder: Encoder, split: Split, key: PRNGKeyArray):
+def _moments(encoder: Encoder, split: EncodedSplit, key: PRNGKeyArray):
     """Mean and covariance of the numbers, mapped out of their domain, to propose missing ones."""
     x, _ = with_noise(encoder.domain, encoder.as_cells(split.rows), key)
     v = np.asarray(out_of_domain(encoder.domain, x), float)
