@@ -1,7 +1,7 @@
 """The file of a model: a zip archive of NumPy arrays and a description in JSON.
 
-`model.json` says what the model is made of, `0.npy`, `1.npy`, ... are its arrays, as
-`numpy.savez` writes them. So other programs can read the numbers, and nothing is executed.
+`model.json` is the description, and `0.npy`, `1.npy`, ... are the arrays, as `numpy.savez` writes
+them. So other programs can read the numbers, and nothing is executed.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ import numpy as np
 from jaxode._checks.caller import arg
 
 FORMAT = "jaxode model"
-VERSION = 1  # of the description; a file of a later one is refused
+VERSION = 1  # of descriptions; this release refuses files of later ones
 DESCRIPTION = "model.json"
-NO_DATE = (1980, 1, 1, 0, 0, 0)  # the same model gives the same file
+NO_DATE = (1980, 1, 1, 0, 0, 0)  # the date of all entries, so that equal models give equal files
 
 
 class UnreadableError(Exception):
-    """What is wrong with a file: the end of a sentence that begins with its path."""
+    """A file cannot be read. The message ends a sentence that begins with its path."""
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """The contents of a file."""
 
     model: Any
     """The description of the model, for `Reader.build`."""
@@ -36,7 +36,7 @@ class Contents(NamedTuple):
 
 
 def write(path: str | os.PathLike[str], contents: Contents, version: str) -> None:
-    """Write a file, or leave the old one as it was. `version` is that of jaxode."""
+    """Write a whole file, or leave an old one as it was. `version` is that of jaxode."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
@@ -95,6 +95,7 @@ def _array(data: bytes) -> np.ndarray:
 
 
 def _check_header(header: Any) -> None:
+    """Raise unless this version of jaxode reads such descriptions."""
     if not isinstance(header, dict) or header.get("format") != FORMAT or "model" not in header:
         raise UnreadableError(f"was not written by jaxode.save: it has another {DESCRIPTION}")
     version = header.get("version")

@@ -64,7 +64,7 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
             names, kind = missing_names(contents.model), _type_of(contents.model)
         except Exception as error:
             raise _sentence(path, error) from None
-    by_name, template = _of_user(kind, names, like)
+    by_name, template = _read_like(kind, names, like)
     try:
         return Reader(contents.arrays, by_name).build(contents.model, template)
     except Exception as error:
@@ -73,13 +73,24 @@ def load(path: str | os.PathLike[str], like: Any = None) -> Any:
 
 def _sentence(path: Any, error: Exception) -> ValueError:
     """The error of a file that cannot be read."""
-    damage = f"is damaged ({type(error).__name__}: {error}). Save the model again"
-    what = str(error) if isinstance(error, UnreadableError) else damage
-    return ValueError(f"{arg('path')} {os.fspath(path)} {what}.")
+    if isinstance(error, UnreadableError):
+        fault = str(error)
+    else:
+        fault = f"is damaged ({type(error).__name__}: {error}). Save the model again"
+    return ValueError(f"{arg('path')} {os.fspath(path)} {fault}.")
 
 
-def _of_user(kind: type, names: dict[str, str], like: Any) -> tuple[dict[str, Any], Any]:
-    """What `like` has by name, and as a template of a model of this kind."""
+def _read_like(kind: type, names: dict[str, str], like: Any) -> tuple[dict[str, Any], Any]:
+    """Read `like`: objects of the user by name, or else a template of the whole model.
+
+    Args:
+        kind: the type of the model.
+        names: of the objects that the file lacks, with their places.
+        like: as the user passes it.
+
+    Returns:
+        The objects by name, and the template, of which at most one is there.
+    """
     listed = ", ".join(f"{name!r} (at {place or 'the top'})" for name, place in names.items())
     if like is None:
         if not names:
@@ -108,7 +119,7 @@ def _of_user(kind: type, names: dict[str, str], like: Any) -> tuple[dict[str, An
 
 
 def _type_of(model: Any) -> type:
-    """The type of what a description is of."""
+    """The type of the object of a description."""
     if isinstance(model, list):
         return tuple
     if isinstance(model, dict):

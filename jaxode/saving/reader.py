@@ -19,11 +19,11 @@ from jaxode.saving.registry import (
 )
 
 ABSENT = object()
-"""The place in a template of what the template lacks."""
+"""Stands for what a template does not have."""
 
 
 class Reader:
-    """Builds objects from descriptions. What is the user's comes from `like`."""
+    """Builds objects from descriptions. Objects of the user come from a template, `like`."""
 
     def __init__(self, arrays: list[np.ndarray], by_name: dict[str, Any]):
         self.arrays = arrays
@@ -31,7 +31,13 @@ class Reader:
         self._jax: dict[int, jax.Array] = {}
 
     def build(self, node: Any, like: Any = ABSENT, place: str = "") -> Any:
-        """The object of a description. `like` is what the template has in this place."""
+        """The object of a description.
+
+        Args:
+            node: the description.
+            like: what the template has in the place of the object.
+            place: where the object stands in the model, for messages.
+        """
         if node is None or isinstance(node, bool | str | int | float):
             return node
         if isinstance(node, list):
@@ -44,20 +50,20 @@ class Reader:
         raise UnreadableError(f"has {sorted(node)} at {place or 'its top'}")
 
     def _items(self, nodes: list[Any], like: Any, place: str) -> list[Any]:
-        same = isinstance(like, tuple | list) and len(like) == len(nodes)
-        parts = like if same else [ABSENT] * len(nodes)
-        pairs = enumerate(zip(nodes, parts, strict=True))
-        return [self.build(node, part, f"{place}[{i}]") for i, (node, part) in pairs]
+        fits = isinstance(like, tuple | list) and len(like) == len(nodes)
+        templates = like if fits else [ABSENT] * len(nodes)
+        pairs = enumerate(zip(nodes, templates, strict=True))
+        return [self.build(node, template, f"{place}[{i}]") for i, (node, template) in pairs]
 
     def _list(self, node: Any, like: Any, place: str) -> Any:
         return self._items(node["list"], like, place)
 
     def _dict(self, node: Any, like: Any, place: str) -> Any:
-        parts = like if isinstance(like, dict) else {}
-        keys = [(self.build(key), value) for key, value in node["dict"]]
+        templates = like if isinstance(like, dict) else {}
+        items = [(self.build(key), value) for key, value in node["dict"]]
         return {
-            key: self.build(value, parts.get(key, ABSENT), f"{place}[{key!r}]")
-            for key, value in keys
+            key: self.build(value, templates.get(key, ABSENT), f"{place}[{key!r}]")
+            for key, value in items
         }
 
     def _number(self, node: Any, *_: Any) -> float:
@@ -84,28 +90,26 @@ class Reader:
         if kind == "numpy":
             return values
         if number not in self._jax:
-            self._jax[number] = _of_jax(values, node.get("weak", False), place)
+            self._jax[number] = _as_jax(values, node.get("weak", False), place)
         made = self._jax[number]
         return jax.random.wrap_key_data(made, impl=node["key"]) if kind == "key" else made
 
     def _class(self, node: Any, like: Any, place: str) -> Any:
-        name, parts = node["class"], node["fields"]
+        name, nodes = node["class"], node["fields"]
         if (cls := class_of_name(name)) is None:
             raise UnreadableError(
                 f"a {name}, which this version of jaxode does not know, at {place}"
             )
         renamed = RENAMED_FIELDS.get(name, {})
-        parts = {str(renamed.get(field, field)): part for field, part in parts.items()}
-        if set(parts) != set(fields(cls)):
-            differ = sorted(set(parts) ^ set(fields(cls)))
+        nodes = {str(renamed.get(field, field)): node for field, node in nodes.items()}
+        if set(nodes) != set(fields(cls)):
+            differ = sorted(set(nodes) ^ set(fields(cls)))
             raise UnreadableError(
                 f"has a {name} whose {differ} this version does not know, at {place}"
             )
-        same = type(like) is cls
+        template = like if type(like) is cls else ABSENT
         values = {
-            field: self.build(
-                parts[field], getattr(like, field, ABSENT) if same else ABSENT, f"{place}.{field}"
-            )
+            field: self.build(nodes[field], getattr(template, field, ABSENT), f"{place}.{field}")
             for field in fields(cls)
         }
         if issubclass(cls, tuple):
@@ -135,27 +139,28 @@ class Reader:
         return frame_types.build_scalar(node["pandas"], node["fields"], self.build)
 
     def _like(self, node: Any, like: Any, place: str) -> Any:
-        name, kept = node["like"], node.get("leaves")
+        name, leaf_nodes = node["like"], node.get("leaves")
         made = self.by_name.get(name, like)
         if made is ABSENT:
             raise UnreadableError(
                 f"an object of yours, {name}, which like= does not have at {place}"
             )
-        if kept is None:
+        if leaf_nodes is None:
             return made
         leaves, structure = jax.tree_util.tree_flatten_with_path(unwrap_constants(made))
         places = [jax.tree_util.keystr(path) for path, _ in leaves]
-        if missing := sorted({*kept, *node["constants"]} - set(places)):
+        if missing := sorted({*leaf_nodes, *node["constants"]} - set(places)):
             raise UnreadableError(f"has {name}{missing[0]}, which like= lacks")
-        new = []
+        built = []
         for at, (_, leaf) in zip(places, leaves, strict=True):
-            value = self.build(kept[at], place=name + at) if at in kept else leaf
-            _check_alike(name + at, unwrap_constants(value), leaf, at in kept)
-            new.append(constant(value) if at in node["constants"] else value)
-        return jax.tree.unflatten(structure, new)
+            in_file = at in leaf_nodes
+            value = self.build(leaf_nodes[at], place=name + at) if in_file else leaf
+            _check_alike(name + at, unwrap_constants(value), leaf, in_file)
+            built.append(constant(value) if at in node["constants"] else value)
+        return jax.tree.unflatten(structure, built)
 
 
-# An array also has a dtype.
+# By the key that tells a kind of description. The order counts: that of an array has "dtype", too.
 BUILDERS = {
     "list": Reader._list,
     "dict": Reader._dict,
@@ -171,7 +176,8 @@ BUILDERS = {
 }
 
 
-def _of_jax(values: np.ndarray, weak: bool, place: str) -> jax.Array:
+def _as_jax(values: np.ndarray, weak: bool, place: str) -> jax.Array:
+    """An array of JAX. Raises if JAX would change its dtype."""
     dtype = jax.dtypes.canonicalize_dtype(values.dtype)
     if dtype != values.dtype:
         raise UnreadableError(
@@ -181,12 +187,12 @@ def _of_jax(values: np.ndarray, weak: bool, place: str) -> jax.Array:
     return weakly_typed(jnp.asarray(values)) if weak else jnp.asarray(values)
 
 
-def _check_alike(place: str, value: Any, leaf: Any, is_kept: bool) -> None:
-    """Raise unless an array of the file fits that of the template."""
+def _check_alike(place: str, value: Any, leaf: Any, in_file: bool) -> None:
+    """Raise if the template has an array, and the file none of its shape and dtype."""
     numeric = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
     if not numeric:
         return
-    if not is_kept:
+    if not in_file:
         raise UnreadableError(f"has no array for {place} of like=, which has {_shaped(leaf)}")
     if not hasattr(value, "dtype"):
         raise UnreadableError(f"has {value!r} for {place}, where like= has {_shaped(leaf)}")
@@ -199,16 +205,16 @@ def _shaped(x: Any) -> str:
 
 
 def missing_names(node: Any) -> dict[str, str]:
-    """The names of the user's objects in a description, and where the first of each stands."""
+    """The names of the user's objects in a description, and the place of the first of each."""
     if isinstance(node, list):
-        parts = node
+        nodes = node
     elif isinstance(node, dict):
-        parts = list(node.values())
+        nodes = list(node.values())
     else:
         return {}
     names = {}
     if isinstance(node, dict) and isinstance(node.get("like"), str):
         names[node["like"]] = str(node.get("at"))
-    for part in parts:
-        names = missing_names(part) | names
+    for inner in nodes:
+        names = missing_names(inner) | names
     return names

@@ -1,7 +1,7 @@
-"""Names in files of the classes and functions that models are made of.
+"""The names that files give to the classes and functions of models.
 
-A name outlives a release; where its class stands may change. Nothing else is ever looked up for a
-file, so that reading one runs no code of its choice.
+A name stays in all releases, while its class may move. Reading a file looks nothing else up, so
+that it runs no code that the file chooses.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ FUNCTIONS = {
     "jacobian_frobenius": "jaxode.regularizers:_norm",
     "jaxode.nn.softplus": "jaxode.nn:softplus",
 }
-# Functions of numbers, which networks and fields are made with.
+# Functions of numbers, such as activations of networks.
 FUNCTIONS |= {
     f"{module}.{name}": f"{module}:{name}"
     for module, names in {
@@ -150,7 +150,7 @@ def class_of_name(name: str) -> type | None:
 
 
 def _is_state_or_solver(cls: Any) -> bool:
-    """Whether it is a class of named tuples, as states of Optax are, or of solvers of Diffrax."""
+    """Whether it is a named tuple, as states of Optax are, or a solver of Diffrax."""
     if not isinstance(cls, type):
         return False
     return issubclass(cls, diffrax.AbstractSolver) or (
@@ -176,7 +176,7 @@ def function_of_name(name: str) -> Any:
 
 
 def fields(cls: type) -> tuple[str, ...]:
-    """The names of what the objects of a class are made of."""
+    """The names of the fields of a class."""
     if issubclass(cls, tuple):
         named: Any = cls
         return named._fields
@@ -193,4 +193,5 @@ def is_of_numpy(dtype: np.dtype) -> bool:
 
 @functools.cache
 def _names() -> dict[str, str]:
+    """The inverse of `CLASSES`."""
     return {place: name for name, place in CLASSES.items()}

@@ -1,4 +1,4 @@
-"""Describe a model in JSON, with its arrays apart.
+"""Describe a model in JSON, which refers to its arrays by number.
 
 null, true, 3, 0.1, "text"              themselves
 {"number": "inf"}, {"complex": "1j"}    numbers that JSON lacks
@@ -9,8 +9,8 @@ null, true, 3, 0.1, "text"              themselves
 {"function": "jax.nn.silu"}             a function of JAX or of jaxode
 {"frame": "pandas", "columns": [...]}   the columns of a frame without rows
 {"pandas": "Interval", "fields": [...]} a category of pandas that is no text or number
-{"like": "MLP", "at", "leaves": {...}}  an object of the user, and those of its leaves that are
-                                        not; "constants" are leaves that JAX takes for static
+{"like": "MLP", "at", "leaves": {...}}  an object of the user, and its leaves that a file can hold;
+                                        "constants" are leaves that JAX takes for static
 """
 
 import math
@@ -57,11 +57,11 @@ class Writer:
         if isinstance(x, np.dtype):
             return {"dtype": x.name}
         if (name := name_of_class(type(x))) is not None:
-            parts = {f: self.describe(getattr(x, f), f"{place}.{f}") for f in fields(type(x))}
-            return {"class": name, "fields": parts}
+            nodes = {f: self.describe(getattr(x, f), f"{place}.{f}") for f in fields(type(x))}
+            return {"class": name, "fields": nodes}
         if (frame := frame_types.describe(x, self.describe)) is not None:
             again = Reader(self.arrays, {}).build(frame)
-            frame_types.check_kept(x, again)
+            frame_types.check_types(x, again)
             return frame
         if (scalar := frame_types.describe_scalar(x, self.describe)) is not None:
             return scalar
@@ -73,6 +73,7 @@ class Writer:
         return [self.describe(item, f"{place}[{i}]") for i, item in enumerate(x)]
 
     def _array(self, x: Any, place: str) -> Any:
+        """Describe an array or a number of an array library. Raises if a file cannot hold it."""
         if not is_known(x):
             raise ValueError(
                 f"{arg('model')} must not be traced: a file is written once, when a program is "
@@ -83,9 +84,9 @@ class Writer:
             return node | {"of": "key", "key": str(jax.random.key_impl(x))}
         values = np.asarray(x)
         if values.dtype == object or values.dtype.type is np.void or np.ma.isMaskedArray(x):
-            what = "a mask" if np.ma.isMaskedArray(x) else f"the dtype {values.dtype}"
+            fault = "a mask" if np.ma.isMaskedArray(x) else f"the dtype {values.dtype}"
             raise TypeError(
-                f"{arg('model')} must hold arrays of numbers, times or text; got one with {what} "
+                f"{arg('model')} must hold arrays of numbers, times or text; got one with {fault} "
                 f"at {place or 'its top'}. Convert it."
             )
         node = self._numbered(x, values)
@@ -94,16 +95,17 @@ class Writer:
         return node | {"of": "number" if isinstance(x, np.generic) else "numpy"}
 
     def _numbered(self, x: Any, values: np.ndarray) -> dict[str, Any]:
-        known = is_of_numpy(values.dtype)
+        """The node of an array, which is added to `arrays` if it is not among them."""
+        is_readable = is_of_numpy(values.dtype)
         if id(x) not in self._numbers:
             self._numbers[id(x)] = len(self.arrays)
-            self._alive.append(x)  # so that no other object gets its number
-            self.arrays.append(values if known else values.view(f"u{values.dtype.itemsize}"))
-        dtype = values.dtype.str if known else values.dtype.name
+            self._alive.append(x)  # so that no other object gets the same id
+            self.arrays.append(values if is_readable else values.view(f"u{values.dtype.itemsize}"))
+        dtype = values.dtype.str if is_readable else values.dtype.name
         return {"array": self._numbers[id(x)], "dtype": dtype}
 
     def _of_user(self, x: Any, place: str) -> Any:
-        """An object that is not ours: its name, and the leaves that are known if it is a pytree."""
+        """Describe an object of the user: its name, and the leaves that a file can hold."""
         leaves = jax.tree_util.tree_leaves_with_path(x, is_leaf=is_constant)
         is_pytree = not (len(leaves) == 1 and leaves[0][1] is x)
         if not (is_pytree or callable(x)):
@@ -116,7 +118,7 @@ class Writer:
             node["leaves"], node["constants"] = {}, []
             for path, leaf in leaves:
                 at = jax.tree_util.keystr(path)
-                if _is_kept(unwrap_constants(leaf)):
+                if _is_writable(unwrap_constants(leaf)):
                     node["leaves"][at] = self.describe(leaf, place + at)
                 elif is_constant(leaf):
                     node["constants"].append(at)
@@ -132,8 +134,8 @@ class Writer:
         return name if number == 0 else f"{name} {number + 1}"
 
 
-def _is_kept(leaf: Any) -> bool:
-    """Whether a file holds a leaf of an object of the user."""
+def _is_writable(leaf: Any) -> bool:
+    """Whether a file can hold a leaf of an object of the user."""
     if isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex | str):
         return True
     return callable(leaf) and name_of_function(leaf) is not None
