@@ -8,7 +8,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -21,21 +20,12 @@ from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.profiles import Profile
 from jaxode.estimation.search.budget import Budget
-from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE
+from jaxode.estimation.search.multistart import searched
 from jaxode.estimation.search.progress_lines import as_text
-from jaxode.estimation.search.slopes import match_slopes
-from jaxode.estimation.search.starts import (
-    MultiStart,
-    Outcomes,
-    improved,
-    outcome_of_starts,
-    runs_from_slopes,
-    runs_from_starts,
-)
+from jaxode.estimation.search.starts import MultiStart, Outcomes, outcome_of_starts
 from jaxode.estimation.uncertainty import nll_of
 from jaxode.ode.field import VectorField
 from jaxode.ode.solve import solve
-from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 
 # Arguments of `solve` that `estimate` sets itself, or that are of no use to it.
 NOT_OPTIONS_OF_ESTIMATE = (
@@ -251,30 +241,7 @@ def estimate(
             args, row_args, options,
         )
     )  # fmt: skip
-    cannot = "observe" if observe is not None else "jumps" if options.get("jumps") else None
-    stiff = isinstance(options.get("solver"), Rodas5P | Rosenbrock23)
-    by_slopes = None
-    if _should_match(match, cannot, stiff):
-        by_slopes = match_slopes(problem, flats, bounds, budget)
-    if match and by_slopes is None:
-        raise ValueError(
-            f"{arg('match')} needs five observations of each series, at times that are not too "
-            "uneven, and a start at which f is finite. Leave it out."
-        )
-    most = len(flats) if by_slopes is None else 2 * len(flats)
-    search = MultiStart(problem, np.asarray(flats), bounds, min(STARTS_AT_ONCE, most), budget)
-    if by_slopes is None:
-        runs = runs_from_starts(search.starts)
-    else:
-        runs = runs_from_slopes(search, *by_slopes)
-    return _described(search, improved(search, runs, matched=by_slopes is not None))
-
-
-def _should_match(match: bool | None, cannot: str | None, stiff: bool) -> bool:
-    """Whether to match slopes first. `cannot` is the argument that forbids it, if there is one."""
-    if match and cannot:
-        raise ValueError(f"{arg('match')} needs smooth states; got {cannot}. Leave one out.")
-    return not (stiff or cannot) if match is None else match
+    return _described(*searched(problem, flats, bounds, budget, match))
 
 
 def _described(search: MultiStart, outcomes: Outcomes) -> Estimate:

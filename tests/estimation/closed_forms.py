@@ -45,20 +45,21 @@ def solved(f, y0, t0, t1, args, *, ts, batch=None, row_args=None, jumps=None, **
         more = {} if batch is None else {"batch": batch, "row_args": row_args}
         return REAL(f, y0, t0, t1, args, ts=ts, jumps=jumps, **more, **options)
 
-    def at(t, y, given):
+    def at(t, y, given, doses):
         since = t0
-        for i in range(0 if jumps is None else len(jumps.times)):
-            then = jumps.times[i]
+        for i, then in enumerate([] if doses is None else doses):
             after = jumps.change(then, f.solution(jnp.minimum(then, t) - since, y, given), given, i)
             y, since = (jnp.where(t > then, new, old) for new, old in ((after, y), (then, since)))
         return f.solution(t - since, y, given)
 
-    def of_row(ts, y0, row):
+    def of_row(ts, y0, row, doses):
         given = args if row is None else (args, row)
-        return jax.vmap(lambda t: at(t, y0, given))(ts)
+        return jax.vmap(lambda t: at(t, y0, given, doses))(ts)
 
-    of_rows = jax.vmap(of_row) if ts.ndim == 2 else of_row
-    return SimpleNamespace(ys=of_rows(ts, y0, row_args))
+    doses = None if jumps is None else jumps.times
+    each = 0 if doses is not None and doses.ndim == 2 else None
+    of_rows = jax.vmap(of_row, (0, 0, 0, each)) if ts.ndim == 2 else of_row
+    return SimpleNamespace(ys=of_rows(ts, y0, row_args, doses))
 
 
 @contextlib.contextmanager

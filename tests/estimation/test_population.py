@@ -20,6 +20,7 @@ from jaxode.estimation.populations.population_arguments import (
     _doses,
     posed_population,
 )
+from jaxode.estimation.search.budget import Budget
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -60,7 +61,7 @@ def nll_of_lines(x):
 @pytest.fixture(scope="module")
 def lines():
     return jaxode.estimate_population(
-        LINE, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True
+        LINE, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True, pool=False
     )
 
 
@@ -100,7 +101,7 @@ def test_it_is_exact_for_a_linear_mixed_model(lines):
 def test_a_population_has_the_same_answer_in_any_unit(lines, unit):
     start, vary = ({name: unit * x for name, x in tree.items()} for tree in (GUESS, SPREAD))
     found = jaxode.estimate_population(
-        LINE, begin, TS, unit * LINES[..., None], start, vary, correlated=True
+        LINE, begin, TS, unit * LINES[..., None], start, vary, correlated=True, pool=False
     )
     assert found.converged
     for name in ("params", "errors", "deviations", "deviation_errors", "noise", "subjects"):
@@ -353,8 +354,8 @@ def test_it_refuses(case):
     assert str(raised.value).startswith("estimate_population(")
 
 
-def test_a_search_that_is_cut_short_says_where_to_start():
-    with pytest.warns(UserWarning, match="did not converge.*where jaxode.estimate of all subjects"):
+def test_a_search_that_is_cut_short_says_so():
+    with pytest.warns(UserWarning, match="did not converge in 0 steps. Start nearer"):
         found = jaxode.estimate_population(
             LINE, begin, TS, LINES[..., None], GUESS, SPREAD, correlated=True, steps=0
         )
@@ -371,8 +372,9 @@ def test_what_is_free_is_named_and_has_no_errors():
     covariance = np.where(free | free[:, None], np.nan, 0.04 * np.eye(5))
     effects = RNG.normal(size=(10, 2))
     words = r"not determine \['slope'\], deviation of \['slope'\]: .* parameters vary.$"
+    end = Maximum(theta, 1.0, covariance, True, free, np.zeros(5, bool), np.ones(5, bool))
     with pytest.warns(UserWarning, match=words):
-        found = _described(population, Maximum(theta, 1.0, covariance, True, free), effects)
+        found = _described(population, end, effects, Budget(None, 200, False))
     assert not found.converged
     np.testing.assert_allclose([*found.errors.values()], [0.2, np.nan])
     np.testing.assert_allclose([*found.deviation_errors.values()], [0.2, np.nan])
@@ -434,6 +436,7 @@ class Cliff(PopulationLikelihood):
 
     def __init__(self, lost):
         self.population = SimpleNamespace(with_positive_root=lambda theta: (theta, np.ones(0)))
+        self.budget = Budget(None, 40, False)
         self.lost, self.tried, self.last = lost, [], []
 
     def at(self, theta, chunks=None):
@@ -447,7 +450,7 @@ class Cliff(PopulationLikelihood):
 @pytest.mark.parametrize("lost", [("values", "scores", "information"), ("information",)])
 def test_a_search_goes_on_from_where_the_likelihood_is_known(lost):
     cliff = Cliff(lost)
-    end = cliff.minimized(np.ones(1), 40)
+    end = cliff.minimized(np.ones(1))
     assert 2900 < end[0] <= 3000
     assert len(set(cliff.tried)) == len(cliff.tried)
 
@@ -468,10 +471,38 @@ class Sample(Cliff):
         return Total(np.array([value]), scores, self.count * np.diag([part, 2.0]))
 
 
+def test_a_search_ends_at_a_bound():
+    cliff = Cliff(())
+    cliff.upper = np.array([50.0])
+    end = cliff.minimized(np.ones(1))
+    assert end[0] == 50
+    assert max(cliff.tried) == 50
+    np.testing.assert_array_equal(cliff.held(end, cliff.at(end).scores), [True])
+    np.testing.assert_array_equal(cliff.held(end, -cliff.at(end).scores), [False])
+
+
+def test_an_interrupt_keeps_the_best():
+    class Interrupted(Cliff):
+        def at(self, theta, chunks=None):
+            if len(self.tried) == 3:
+                self.tried.append(None)
+                raise KeyboardInterrupt
+            return super().at(theta, chunks)
+
+    cliff = Interrupted(())
+    assert cliff.minimized(np.ones(1))[0] == cliff.tried[2]
+    assert cliff.budget.stopped
+    assert len(cliff.tried) == 4
+    end = cliff.polished(np.array(cliff.tried[2:3]))
+    assert not end.converged
+    assert end.theta[0] == cliff.tried[2]
+    np.testing.assert_allclose(end.covariance, [[1.0]])  # by the expected Hessian
+
+
 @pytest.mark.parametrize("log_noise", [-1.2, -3.0, -6.0, 4.0])
 def test_a_search_from_a_wrong_noise_ends_at_the_right_one(log_noise):
     sample = Sample(50)
-    end = sample.minimized(np.array([0.5, log_noise]), 40)
+    end = sample.minimized(np.array([0.5, log_noise]))
     # The search ends three hundredths of a standard error from the best.
     assert sample.at(end).decrement(np.ones(2)) < 0.03
     assert np.abs(end).max() < 0.01
@@ -619,3 +650,86 @@ def test_the_information_is_that_of_a_linear_mixed_model():
         for a, b in np.ndindex(3, 3):  # the part that is zero in the mean
             expected[a + 2, b + 2] += np.trace(moved[a].T @ inverse @ moved[b])
         np.testing.assert_allclose(found[subject], expected, rtol=1e-6, atol=1e-6)
+
+
+# The growth of pines (`Loblolly` of nlme): `height + rate * (limit - height)` a time on.
+AGES = np.array([3.0, 5.0, 10.0, 15.0, 20.0, 25.0])
+
+
+def grow(t, y, params):
+    return jnp.exp(params["rate"]) * (params["limit"] - y)
+
+
+PINES = KnownSolution(
+    grow,
+    lambda t, y0, p: p["limit"] + (y0 - p["limit"]) * jnp.exp(-jnp.exp(p["rate"]) * t),
+)
+PINE = {"limit": 102.0, "begin": -8.5, "rate": -3.24}
+
+
+def heights():
+    rng = np.random.default_rng(0)
+    limit = PINE["limit"] + 4 * rng.normal(size=(14, 1))
+    ys = limit + (PINE["begin"] - limit) * np.exp(-np.exp(PINE["rate"]) * AGES)
+    return ys + 0.7 * rng.normal(size=ys.shape)
+
+
+def pines(factor, **options):
+    start = {name: factor * x for name, x in PINE.items()}
+    return jaxode.estimate_population(
+        PINES, lambda params: params["begin"], AGES, heights(), start, {"limit": 3.0}, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def right():
+    return pines(1.0)
+
+
+@pytest.mark.parametrize("factor", [2.0, 5.0, 0.2])
+def test_a_guess_that_is_far_off_ends_at_the_same(right, factor):
+    """From a fifth of it, the search of the population alone goes astray by 90 nats."""
+    found = pines(factor)
+    assert found.converged
+    np.testing.assert_allclose(found.nll, right.nll, atol=1e-4)
+    for name in ("params", "errors", "deviations"):
+        one, other = (jax.tree.leaves(getattr(each, name)) for each in (right, found))
+        np.testing.assert_allclose(np.array(other), np.array(one), rtol=1e-2)
+
+
+def test_bounds_of_a_population(right):
+    """A parameter that ends at a bound has no error; equal bounds fix one."""
+    lower = {"limit": 0.0, "begin": -8.0, "rate": -9.0}
+    upper = {"limit": 200.0, "begin": 9.0, "rate": 0.0}
+    assert right.params["begin"] < -8.0
+    start = {"limit": 90.0, "begin": -4.0, "rate": -3.0}
+    begin = lambda params: params["begin"]
+    given = PINES, begin, AGES, heights(), start, {"limit": 3.0}
+    with pytest.warns(UserWarning, match=r"\['begin'\] ended at a bound"):
+        found = jaxode.estimate_population(*given, bounds=(lower, upper))
+    assert found.params["begin"] == -8.0
+    assert found.converged
+    assert jnp.isnan(found.errors["begin"])
+    assert jnp.isfinite(found.errors["limit"])
+    assert found.nll > right.nll
+    fixed = jaxode.estimate_population(
+        *given, bounds=(lower | {"begin": -4.0}, upper | {"begin": -4.0})
+    )
+    assert fixed.params["begin"] == -4.0
+    assert fixed.nll > found.nll
+    with pytest.raises(ValueError, match=r"start=.*within bounds, -8 to 9 for \['begin'\]; got -9"):
+        jaxode.estimate_population(
+            *given[:4], start | {"begin": -9.0}, {"limit": 3.0}, bounds=(lower, upper)
+        )
+
+
+def test_seconds_and_progress_of_a_population(capsys):
+    with pytest.warns(UserWarning, match="was ended by seconds=0 before it converged"):
+        found = pines(1.0, seconds=0.0)
+    assert not found.converged
+    assert jnp.isfinite(jnp.stack([*found.errors.values()])).all()  # by the expected Hessian
+    assert not capsys.readouterr().err
+    pines(1.0, progress=True)
+    lines = capsys.readouterr().err
+    assert "estimate_population: as one: observations up to 25: " in lines
+    assert "estimate_population: step 1, nll " in lines

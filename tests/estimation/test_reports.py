@@ -212,11 +212,11 @@ def test_a_search_that_was_stopped_says_so():
 def test_progress_names_the_part_the_starts_and_the_best_cost(capfd):
     for seconds, of in ((None, ""), (60, " of 60")):
         budget = Budget(seconds, None, True)
-        budget.show("estimate: part", 3, 8, 1.25)
+        budget.show("estimate: part: 3 of 8 starts, best cost 1.25")
         budget.finish()
         line = f"estimate: part: 3 of 8 starts, best cost 1.25, 0{of} s"
         assert line in capfd.readouterr().err
-    Budget(None, None, False).show("part", 1, 2, 3.0)
+    Budget(None, None, False).show("part")
     assert not capfd.readouterr().err
 
 

@@ -126,6 +126,7 @@ FIRST = {
         "tests/estimation/test_objectives.py",
         "tests/estimation/test_estimate.py",
     ),
+    "estimation/populations/pooled": ("tests/estimation/test_population.py",),
     "estimation/search/starts": (
         "tests/estimation/test_search.py",
         "tests/estimation/test_objectives.py",
@@ -498,6 +499,18 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/profiles.py", "np.where(self.chosen, starts, bound)", "bound + 0 * starts"),
     # The distance to a value is not made up for.
     ("estimation/profiles.py", "aims = aims - np.nan_to_num(distance)", "aims = aims"),
+    # A search steps beyond an upper bound of a population.
+    ("estimation/populations/maximum.py", "np.clip(theta + along, self.lower, self.upper) - theta",
+     "np.maximum(theta + along, self.lower) - theta"),
+    # A parameter at a bound is estimated as if it could go on.
+    ("estimation/populations/maximum.py", "return (self.lower == self.upper) | down | up",
+     "return (self.lower == self.upper) & (down | up)"),
+    # A population begins where a guess is, although all subjects as one say better.
+    ("estimation/populations/population.py", "and not start.value <= total.value",
+     "and start.value < -np.inf"),
+    # An interrupt loses the best so far.
+    ("estimation/populations/maximum.py", "            if trial is None:\n                break",
+     "            if trial is None:\n                return 0 * theta"),
     # The gradient is as if the effects of a subject stayed.
     ("estimation/populations/marginal.py", "score[:count] + down @ moves",
      "score[:count]"),

@@ -25,8 +25,11 @@ class Bounds(NamedTuple):
         return np.asarray(self.lower) < np.asarray(self.upper)
 
 
-def checked_bounds(bounds: Any, template: PyTree, flats: Float[Array, "starts n"]) -> Bounds:
-    """The user's bounds as vectors, infinite where there are none. Raises for starts outside."""
+def checked_bounds(
+    bounds: Any, template: PyTree, flats: Float[Array, "starts n"], name: str = "starts"
+) -> Bounds:
+    """The user's bounds as vectors, infinite where there are none. Raises for starts outside, which
+    are the argument `name`."""
     n, dtype = flats.shape[1], flats.dtype
     if bounds is None:
         return Bounds(jnp.full(n, -jnp.inf, dtype), jnp.full(n, jnp.inf, dtype))
@@ -44,8 +47,9 @@ def checked_bounds(bounds: Any, template: PyTree, flats: Float[Array, "starts n"
     if (outside := (starts < lower) | (starts > upper)).any():
         start, i = map(int, np.argwhere(outside)[0])
         raise ValueError(
-            f"{arg('starts')} must be within bounds, {lower[i]:g} to {upper[i]:g} for "
-            f"{names(template)[i]}; got {starts[start, i]:g} in start {start}."
+            f"{arg(name)} must be within bounds, {lower[i]:g} to {upper[i]:g} for "
+            f"{names(template)[i]}; got {starts[start, i]:g}"
+            f"{f' in start {start}' if name == 'starts' else ''}."
         )
     return vectors
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.populations.marginal import (
     DAMPING_CUT,
     DAMPING_GROWTH,
@@ -17,6 +18,7 @@ from jaxode.estimation.populations.marginal import (
     evaluated,
     secant,
 )
+from jaxode.estimation.search.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Total(NamedTuple):
     information: np.ndarray
     """The expected Hessian of their sum, approximately."""
 
+    def of_parameters(self, mask: Bool[np.ndarray, " p"]) -> "Total":
+        """The same for the parameters in the mask, where the others are held."""
+        return Total(self.values, self.scores[mask], self.information[np.ix_(mask, mask)])
+
     @property
     def usable(self) -> bool:
         """Whether a search can go on from here."""
@@ -101,6 +107,10 @@ class Maximum(NamedTuple):
     converged: bool
     undetermined: np.ndarray
     """Which parameters the observations do not determine."""
+    at_bound: Bool[np.ndarray, " p"]
+    """Which parameters are held at a bound, or fixed by equal ones."""
+    movable: Bool[np.ndarray, " p"]
+    """Which parameters no equal bounds fix."""
 
 
 class PopulationLikelihood:
@@ -117,7 +127,22 @@ class PopulationLikelihood:
     """Whether the size of a parameter may be its unit. That of the logarithm of the noise may
     not."""
 
-    def __init__(self, population: Population, theta: np.ndarray):
+    lower: Any = -np.inf
+    """Lower bounds of the parameters."""
+    upper: Any = np.inf
+    """Upper bounds of the parameters."""
+
+    def __init__(
+        self,
+        population: Population,
+        theta: np.ndarray,
+        bounds: Bounds | None = None,
+        budget: Budget | None = None,
+    ):
+        n, self.budget = population.shared, budget or Budget(None, None, False)
+        self.lower, self.upper = np.full(len(theta), -np.inf), np.full(len(theta), np.inf)
+        if bounds is not None:
+            self.lower[:n], self.upper[:n] = map(np.asarray, bounds)
         count, q = len(population.subjects.ts), len(population.places)
         chunks = -(-count // LIMITS.subjects_at_once)
         size = -(-count // chunks)
@@ -157,6 +182,11 @@ class PopulationLikelihood:
         units[~self.sized] = 1.0
         self.least_units = np.where((units > 0) & np.isfinite(units), units, 1.0)
 
+    def held(self, theta: np.ndarray, scores: np.ndarray) -> Bool[np.ndarray, " p"]:
+        """Which parameters a step leaves at their bound, since it would push them beyond."""
+        down, up = (theta <= self.lower) & (scores > 0), (theta >= self.upper) & (scores < 0)
+        return (self.lower == self.upper) | down | up
+
     @property
     def effects(self) -> Float[Array, "subjects q"]:
         """The likeliest effects at the last parameters."""
@@ -179,32 +209,45 @@ class PopulationLikelihood:
         order = np.argsort(np.concatenate(self.subjects_of_chunk[:chunks]))
         return Total(np.concatenate(values)[order], np.asarray(scores), np.asarray(information))
 
-    def minimized(self, theta: np.ndarray, steps: int, chunks: int | None = None) -> np.ndarray:
-        """Search for the likeliest parameters by damped Fisher scoring.
+    def trial(self, theta: np.ndarray, chunks: int | None = None) -> Total | None:
+        """The likelihood at a trial, or None if Ctrl-C ended the budget: then the last effects are
+        those before."""
+        last, total = list(self.last), None
+        with self.budget.until_stopped():
+            total = self.at(theta, chunks)
+        if total is None:
+            self.last = last
+        return total
+
+    def minimized(self, theta: np.ndarray, chunks: int | None = None) -> np.ndarray:
+        """Search for the likeliest parameters by damped Fisher scoring, within the budget.
 
         Gradients correct the expected Hessian, as in the search of effects. The damping follows how
         much of its promised gain a step brings. A step changes no parameter by more than its unit,
-        and by less after one that fails.
+        and by less after one that fails; it ends at bounds.
         """
         best, correction, damping = self.at(theta, chunks), np.zeros(2 * theta.shape), FIRST_DAMPING
         longest = 1.0
-        for _ in range(steps):
-            units = self.units(theta)
-            if not best.decrement(units) > LIMITS.scoring_distance:
+        for step in range(self.budget.steps):
+            mask, units = ~self.held(theta, best.scores), self.units(theta)
+            inner = best.of_parameters(mask)
+            converged = not inner.decrement(units[mask]) > LIMITS.scoring_distance
+            if converged or self.budget.over:
                 break
-            hessian, expected = best.information + correction, best.damped(damping, units)
-            move = -np.linalg.solve(expected + correction, best.scores)
-            if not best.scores @ move < 0:
-                hessian = best.information
-                move = -np.linalg.solve(expected, best.scores)
-            length = np.max(np.abs(move) / units)
-            move, length = move * min(1.0, longest / length), min(length, longest)
-            last, trial = list(self.last), self.at(theta + move, chunks)
+            move, hessian = _move(inner, correction[np.ix_(mask, mask)], damping, units[mask])
+            along, length = np.zeros_like(theta), np.max(np.abs(move) / units[mask])
+            along[mask], length = move * min(1.0, longest / length), min(length, longest)
+            along = np.clip(theta + along, self.lower, self.upper) - theta
+            last, trial = list(self.last), self.trial(theta + along, chunks)
+            if trial is None:
+                break
             if trial.usable and trial.value <= best.value:
-                promised = -(best.scores @ move + 0.5 * move @ hessian @ move)
+                move = along[mask]
+                promised = -(inner.scores @ move + 0.5 * move @ hessian @ move)
                 gain = (best.value - trial.value) / promised
-                correction = _corrected(trial, correction, move, trial.scores - best.scores)
-                theta, best = theta + move, trial
+                correction = _corrected(trial, correction, along, trial.scores - best.scores)
+                theta, best = theta + along, trial
+                self.budget.show(f"estimate_population: step {step + 1}, nll {best.value:.6g}")
                 if gain > LIMITS.good_gain:
                     damping = max(damping * DAMPING_CUT, LIMITS.least_damping)
                 elif gain < LIMITS.poor_gain:
@@ -212,7 +255,7 @@ class PopulationLikelihood:
                 longest = min(2 * longest, 1.0)
                 continue
             self.last = last
-            if move @ best.information @ move < LIMITS.shortest_step**2:
+            if along @ best.information @ along < LIMITS.shortest_step**2:
                 break
             damping, longest = damping * DAMPING_GROWTH, length / DAMPING_GROWTH
         theta, signs = self.population.with_positive_root(theta)
@@ -223,23 +266,55 @@ class PopulationLikelihood:
 
     def polished(self, theta: np.ndarray) -> Maximum:
         """Newton's method with one Hessian, or with a second one if that of the start is too far
-        away."""
-        maximum = self.by_newton(theta)
-        if maximum.converged or np.isnan(maximum.covariance).any():
-            return maximum
-        return self.by_newton(maximum.theta)
+        away. If the budget ends, what was reached, with errors by the expected Hessian."""
+        maximum, last = None, list(self.last)
+        if not self.budget.over:
+            with self.budget.until_stopped():
+                maximum = self.by_newton(theta)
+                if not (maximum.converged or np.isnan(maximum.covariance[~maximum.at_bound]).any()):
+                    maximum = self.by_newton(maximum.theta)
+        if maximum is None:
+            self.last = last
+            best = self.at(theta)
+            maximum = self._maximum(theta, best, best.information, converged=False)
+        self.budget.finish()
+        return maximum
+
+    def _maximum(
+        self, theta: np.ndarray, best: Total, hessian: np.ndarray, converged: bool
+    ) -> Maximum:
+        """Where the search ends, with the covariance by a Hessian."""
+        at_bound, units = self.held(theta, best.scores), self.units(theta)
+        mask = ~at_bound
+        covariance, undetermined = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
+        determined = _covariance(hessian[np.ix_(mask, mask)], units[mask], best.scores.dtype)
+        if determined is not None:
+            inner, undetermined[mask] = determined
+            covariance[np.ix_(mask, mask)] = inner
+            covariance[undetermined] = covariance[:, undetermined] = np.nan
+        return Maximum(
+            theta,
+            best.value,
+            covariance,
+            converged,
+            undetermined,
+            at_bound,
+            self.lower < self.upper,
+        )
 
     def by_newton(self, theta: np.ndarray) -> Maximum:
         """Newton's method with the Hessian at `theta`."""
         best, units = self.at(theta), self.units(theta)
+        mask = ~self.held(theta, best.scores)
         hessian = self._hessian(theta, best, units)
-        determined = _covariance(hessian, units, best.scores.dtype)
+        determined = _covariance(hessian[np.ix_(mask, mask)], units[mask], best.scores.dtype)
         if determined is None:
-            unknown, none = np.full_like(hessian, np.nan), np.zeros(len(theta), bool)
-            return Maximum(theta, best.value, unknown, False, none)
-        covariance, undetermined = determined
+            return self._maximum(theta, best, hessian, converged=False)
+        covariance, _ = determined
         for _ in range(LIMITS.newton_steps):
-            trial_theta = theta - covariance @ best.scores
+            trial_theta = theta.copy()
+            trial_theta[mask] -= covariance @ best.scores[mask]
+            trial_theta = np.clip(trial_theta, self.lower, self.upper)
             last, trial = list(self.last), self.at(trial_theta)
             # The last step of effects leaves an error of about 1e-5 in values, but not in
             # gradients.
@@ -247,11 +322,11 @@ class PopulationLikelihood:
                 self.last = last
                 break
             theta, best = trial_theta, trial
-            if best.scores @ covariance @ best.scores < LIMITS.newton_distance**2:
+            if best.scores[mask] @ covariance @ best.scores[mask] < LIMITS.newton_distance**2:
                 break
-        converged = best.scores @ covariance @ best.scores < LIMITS.newton_distance**2
-        covariance[undetermined] = covariance[:, undetermined] = np.nan
-        return Maximum(theta, best.value, covariance, bool(converged), undetermined)
+        scores = best.scores[mask]
+        converged = scores @ covariance @ scores < LIMITS.newton_distance**2
+        return self._maximum(theta, best, hessian, bool(converged))
 
     def _hessian(self, theta: np.ndarray, best: Total, units: np.ndarray) -> np.ndarray:
         """The Hessian by differences of exact gradients."""
@@ -262,6 +337,18 @@ class PopulationLikelihood:
             rows.append((self.at(theta + step).scores - best.scores) / step.max())
             self.last = list(last)
         return (np.stack(rows) + np.stack(rows).T) / 2
+
+
+def _move(
+    total: Total, correction: np.ndarray, damping: float, units: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A damped step down, and the Hessian by which it was chosen: that with the correction, or
+    without it if the step would lead up."""
+    expected = total.damped(damping, units)
+    move = -np.linalg.solve(expected + correction, total.scores)
+    if total.scores @ move < 0:
+        return move, total.information + correction
+    return -np.linalg.solve(expected, total.scores), total.information
 
 
 def _corrected(

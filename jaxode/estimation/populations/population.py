@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from jaxode._checks.arguments import integer
+from jaxode._checks.arguments import check_bool
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
-from jaxode.estimation.observed.bounds import names
+from jaxode.estimation.observed.bounds import checked_bounds, names
 from jaxode.estimation.populations.marginal import Population
 from jaxode.estimation.populations.maximum import Maximum, PopulationLikelihood
+from jaxode.estimation.populations.pooled import fitted_as_one
 from jaxode.estimation.populations.population_arguments import (
     PopulationArguments,
     cause,
     posed_population,
+    with_noise_of_residuals,
 )
+from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.progress_lines import as_text
 from jaxode.ode.field import VectorField
 
@@ -97,7 +100,11 @@ def estimate_population(
     args: PyTree = None,
     row_args: PyTree = None,
     correlated: bool = False,
-    steps: int = 200,
+    bounds: tuple[PyTree, PyTree] | None = None,
+    pool: bool = True,
+    seconds: float | None = None,
+    steps: int | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> PopulationEstimate:
     """Estimate typical parameters and their spread between subjects by maximum likelihood.
@@ -106,9 +113,11 @@ def estimate_population(
     parameters be logarithms, whose effects are factors. The likelihood of each subject is
     integrated over its effects by Laplace's method with the expected Hessian, which is first-order
     conditional estimation with interaction (FOCEI). It is exact for models that are linear in the
-    effects and have constant noise. Gradients are exact. The search is damped Fisher scoring, of
-    populations of more than 50 by some of the subjects first; it ends by steps of Newton's method.
-    Standard errors are of that Hessian, by differences of gradients.
+    effects and have constant noise. Gradients are exact. First, all subjects are fitted as one, by
+    the search of `jaxode.estimate`; the population begins there, or at `start` if that is likelier.
+    The search is damped Fisher scoring, of populations of more than 50 by some of the subjects
+    first; it ends by steps of Newton's method. Standard errors are of that Hessian, by differences
+    of gradients. Ctrl-C ends the search with the best so far.
 
     Args:
         f: vector field `f(t, y, params)`, or `f(t, y, (params, row))` with `row_args`.
@@ -128,7 +137,13 @@ def estimate_population(
             `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each subject, `[subjects, ...]`, such as its dose.
         correlated: whether to estimate correlations between the parameters that vary.
-        steps: of the search.
+        bounds: `(low, high)` of the typical parameters, each a number or a dictionary like `start`;
+            infinite where there is none. Equal ones fix a parameter. Subjects may vary beyond.
+        pool: whether to fit all subjects as one first.
+        seconds: wall-clock time of the search, without limit by default. It counts everything,
+            compilation too. If it ends early, errors are those of the expected Hessian.
+        steps: of each search, 200 by default.
+        progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `max_steps`, and `jumps`, doses with times
             `[jumps]` or `[subjects, jumps]`. `rtol` is 1e-6, or 1e-5 in single precision, and
             `atol` is `rtol` times the size of each number of the state.
@@ -142,7 +157,7 @@ def estimate_population(
 
     Warns:
         UserWarning: if the search has not converged, the observations do not determine parameters,
-            or a deviation ended at zero, by their names.
+            or a parameter ended at a bound or a deviation at zero, by their names.
 
     References:
         Lindstrom and Bates 1990, doi:10.2307/2532087; Wang 2007, doi:10.1007/s10928-007-9060-6.
@@ -152,25 +167,48 @@ def estimate_population(
             f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options
         )
     )
-    steps = integer("steps", steps, least=0)
-    likelihood = PopulationLikelihood(population, theta)
-    begun = likelihood.at(theta)
-    if not (solved := np.isfinite(begun.values)).all():
+    budget = Budget(seconds, steps, progress, least_steps=0)
+    flat = jnp.asarray(theta[: population.shared])
+    vectors = checked_bounds(bounds, population.template, flat[None], "start")
+    check_bool("pool", pool)
+    likelihood = PopulationLikelihood(population, theta, vectors, budget)
+    pooled = None
+    if pool and budget.steps:
+        pooled = fitted_as_one(population, flat, vectors, budget)
+    theta = _begun(likelihood, theta, pooled)
+    if len(likelihood.chunks) > 1:
+        theta = likelihood.minimized(theta, chunks=1)
+    theta = likelihood.minimized(theta)
+    maximum = likelihood.polished(theta)
+    return _described(population, maximum, likelihood.effects, budget)
+
+
+def _begun(
+    likelihood: PopulationLikelihood, theta: np.ndarray, pooled: np.ndarray | None
+) -> np.ndarray:
+    """Where the search of a population begins: at the start of the user, or where all subjects fit
+    as one, whichever is likelier. Raises if neither can be solved."""
+    population, start = likelihood.population, likelihood.at(theta)
+    if pooled is not None:
+        other = with_noise_of_residuals(population, np.append(pooled, theta[len(pooled) :]))
+        total = likelihood.at(other)
+        if np.isfinite(total.values).all() and total.usable and not start.value <= total.value:
+            theta, start = other, total
+    if not (solved := np.isfinite(start.values)).all():
         i = int(np.argmin(solved))
         raise SolveError(
             f"{arg('start')} must be such that each subject can be solved; subject {i} has no "
             f"finite likelihood. {cause(population, theta, i)}"
         )
-    likelihood.take_units(theta, begun.information)
-    if len(likelihood.chunks) > 1:
-        theta = likelihood.minimized(theta, steps, chunks=1)
-    theta = likelihood.minimized(theta, steps)
-    maximum = likelihood.polished(theta)
-    return _described(population, maximum, likelihood.effects)
+    likelihood.take_units(theta, start.information)
+    return theta
 
 
 def _described(
-    population: Population, maximum: Maximum, effects: Float[Array, "subjects q"]
+    population: Population,
+    maximum: Maximum,
+    effects: Float[Array, "subjects q"],
+    budget: Budget,
 ) -> PopulationEstimate:
     """The estimate at the maximum of the likelihood. Warns if something is wrong with it."""
     theta, unravel = jnp.asarray(maximum.theta), population.unravel
@@ -180,7 +218,7 @@ def _described(
     directions = root / jnp.where(deviations > 0, deviations, 1.0)[:, None]
     errors = np.sqrt(np.diag(maximum.covariance)[: population.shared])
     deviation_errors = _deviation_errors(population, maximum)
-    _warn(population, maximum, np.asarray(deviations), deviation_errors)
+    _warn(population, maximum, np.asarray(deviations), deviation_errors, budget)
 
     def params_of(z):
         return unravel(population.params_of(theta, z))
@@ -220,7 +258,11 @@ def _deviation_errors(population: Population, maximum: Maximum) -> Float[np.ndar
 
 
 def _warn(
-    population: Population, maximum: Maximum, deviations: np.ndarray, deviation_errors: np.ndarray
+    population: Population,
+    maximum: Maximum,
+    deviations: np.ndarray,
+    deviation_errors: np.ndarray,
+    budget: Budget,
 ) -> None:
     """Warn of parameters that are not determined, a search that did not converge, and deviations
     that ended at zero."""
@@ -235,9 +277,16 @@ def _warn(
         )
     elif not maximum.converged:
         warnings.warn(
-            "estimate_population: the search did not converge. Start nearer, such as where "
-            "jaxode.estimate of all subjects as one ends, let fewer parameters vary, or raise "
-            "steps.",
+            f"estimate_population: the search {budget.describe()}. Start nearer, let fewer "
+            "parameters vary, or raise steps.",
+            stacklevel=5,
+        )
+    bounded = maximum.at_bound[: population.shared] & maximum.movable[: population.shared]
+    if bounded.any():
+        stopped = ", ".join(np.array(names(population.template))[bounded])
+        warnings.warn(
+            f"estimate_population: {stopped} ended at a bound. The standard errors are those of "
+            "the others, as if it were fixed there.",
             stacklevel=5,
         )
     zero = deviations <= ZERO_DEVIATION * deviation_errors

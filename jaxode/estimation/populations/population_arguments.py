@@ -94,10 +94,8 @@ def posed_population(arguments: PopulationArguments) -> tuple[Population, np.nda
     if "atol" not in options:
         atol = _tolerances(population, flat)
         population = dataclasses.replace(population, options={**options, "atol": atol})
-    if noise is not None:
-        return population, np.asarray(jnp.concatenate([flat, root]))
-    theta = np.asarray(jnp.concatenate([flat, root, jnp.zeros(1, times.dtype)]))
-    return population, _with_noise(population, theta)
+    theta = np.asarray(jnp.concatenate([flat, root, jnp.zeros(int(noise is None), times.dtype)]))
+    return population, with_noise_of_residuals(population, theta)
 
 
 def _observations(arguments: PopulationArguments) -> tuple[Array, Array, Array]:
@@ -254,8 +252,10 @@ def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
     return template, places, flat[places]
 
 
-def _with_noise(population: Population, theta: np.ndarray) -> np.ndarray:
-    """Append the log of the root-mean-square residual at the start, without effects."""
+def with_noise_of_residuals(population: Population, theta: np.ndarray) -> np.ndarray:
+    """Let the noise be the root-mean-square residual without effects, unless it is a function."""
+    if population.noise is not None:
+        return theta
     no_effects = jnp.zeros(len(population.places), population.t0.dtype)
     flat = population.params_of(jnp.asarray(theta), no_effects)
     mean, _ = jax.vmap(population.moments, (None, 0), 1)(flat, population.subjects)

@@ -16,10 +16,10 @@ MOST_STEPS = 200
 class Budget:
     """The steps and seconds that a search may take. Ctrl-C ends it."""
 
-    def __init__(self, seconds: Any, steps: Any, progress: Any):
+    def __init__(self, seconds: Any, steps: Any, progress: Any, least_steps: int = 1):
         check_bool("progress", progress)
         self.seconds = math.inf if seconds is None else non_negative("seconds", seconds)
-        self.steps = MOST_STEPS if steps is None else integer("steps", steps)
+        self.steps = MOST_STEPS if steps is None else integer("steps", steps, least_steps)
         self.progress = progress
         self.began = time.monotonic()
         self.stopped = False
@@ -38,12 +38,12 @@ class Budget:
                 raise
             self.stopped = True
 
-    def show(self, label: str, done: int, count: int, best: float) -> None:
-        """Write a progress line, in place of the last one."""
+    def show(self, text: str) -> None:
+        """Write a progress line with the seconds so far, in place of the last one."""
         if self.progress:
             spent = time.monotonic() - self.began
-            left = "" if self.seconds == math.inf else f" of {self.seconds:g}"
-            show(f"{label}: {done} of {count} starts, best cost {best:.6g}, {spent:.0f}{left} s")
+            limit = "" if self.seconds == math.inf else f" of {self.seconds:g}"
+            show(f"{text}, {spent:.0f}{limit} s")
 
     def finish(self) -> None:
         """End the progress line."""

@@ -119,7 +119,8 @@ def minimize(
             least_cost = min(least_cost, fits[start].costs)
         if budget is not None and label:
             cost = min(least_cost, points.costs[rows.busy].min(initial=np.inf))
-            budget.show(label, rows.begun - int(rows.busy.sum()), len(fits), float(cost))
+            done = rows.begun - int(rows.busy.sum())
+            budget.show(f"{label}: {done} of {len(fits)} starts, best cost {cost:.6g}")
     return Fits(*map(np.stack, zip(*fits, strict=True)))
 
 

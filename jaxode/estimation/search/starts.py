@@ -80,13 +80,15 @@ class MultiStart:
     size: int
     """How many runs are rows of one solve."""
     budget: Budget
+    label: str = "estimate"
+    """The search in progress lines."""
 
     def fitted(self, flats: Float[np.ndarray, "runs n"], end: Array, steps: int) -> Fits:
         """Fit the observations up to a time, from each of `flats`."""
         return minimize(
             of_observations(self.problem, end), flats, self.bounds, min(self.budget.steps, steps),
             size=self.size, hold=HOLD_WEIGHT if end < jnp.max(self.problem.ts) else 0.0,
-            budget=self.budget, label=f"estimate: observations up to {float(end):.4g}",
+            budget=self.budget, label=f"{self.label}: observations up to {float(end):.4g}",
         )  # fmt: skip
 
     def costs(self, flats: Float[np.ndarray, "runs n"], end: Array) -> Float[np.ndarray, " runs"]:
