@@ -16,7 +16,6 @@ import pytest
 
 from jaxode.estimation.observed import observed_system
 from jaxode.estimation.observed.observations import EstimateArguments, posed
-from jaxode.estimation.populations import marginal
 
 REAL = observed_system.solve
 
@@ -66,8 +65,7 @@ def solved(f, y0, t0, t1, args, *, ts, batch=None, row_args=None, jumps=None, **
 def known_solutions():
     """Within it, estimates use the solutions of fields that are `KnownSolution`."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (observed_system, marginal):
-            patch.setattr(module, "solve", solved)
+        patch.setattr(observed_system, "solve", solved)
         yield
 
 

@@ -17,7 +17,6 @@ from jaxode.estimation.populations.maximum import Maximum, PopulationLikelihood,
 from jaxode.estimation.populations.population import _described
 from jaxode.estimation.populations.population_arguments import (
     PopulationArguments,
-    _doses,
     posed_population,
 )
 from jaxode.estimation.search.budget import Budget
@@ -254,9 +253,16 @@ def test_gradients_and_the_likelihood_of_doses_are_exact(f):
 
 
 def test_doses_after_the_last_observation_of_a_subject_never_come():
-    times = jnp.asarray(np.stack([TS, TS / 2]))
-    doses = _doses(jnp.array([0.0, 2.0, 3.0, 9.0]), times, jnp.zeros(()))
-    np.testing.assert_array_equal(doses, [[0.0, 2.0, 3.0, np.inf], [0.0, np.inf, np.inf, np.inf]])
+    population, _ = dosed(decay)
+    subject = jax.tree.map(lambda leaf: leaf[3], population.subjects)
+    predicted = jax.jit(
+        lambda ts: population.prediction_of(population.template, subject._replace(ts=ts))
+    )
+    early = predicted(jnp.asarray(TS / 3))[:, 0]  # ends before the second dose
+    rate = np.exp(-1.0)
+    apart = np.maximum(TS / 3 - DOSES[3, 0], 0.0)
+    expected = SIZES[3] * (DOSES[3, 0] < TS / 3) * np.exp(-rate * apart)
+    np.testing.assert_allclose(early, expected, rtol=1e-4)
 
 
 # What one or all of the subjects above may have, and what is said of it.

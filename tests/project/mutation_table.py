@@ -119,7 +119,10 @@ FIRST = {
         "tests/estimation/test_reports.py",
         "tests/estimation/test_estimate.py",
     ),
-    "estimation/observed/observed_system": ("tests/estimation/test_objectives.py",),
+    "estimation/observed/observed_system": (
+        "tests/estimation/test_objectives.py",
+        "tests/estimation/test_population.py",
+    ),
     "estimation/profiles": ("tests/estimation/test_estimate.py",),
     "estimation/search/levenberg_marquardt": ("tests/estimation/test_search.py",),
     "estimation/search/slopes": (
@@ -592,8 +595,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/populations/marginal.py",
      "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
     # A dose after the last observation of a subject comes at once.
-    ("estimation/populations/population_arguments.py",
-     "(doses > times[:, -1:], jnp.inf", "(doses > times[:, -1:], 0.0"),
+    ("estimation/observed/observed_system.py", "ts[..., -1:], jnp.inf, doses", "ts[..., -1:], 0.0, doses"),
     # Subjects that fill up a chunk of the population count twice.
     ("estimation/populations/maximum.py", "np.asarray(result.scores)[: len(subjects)]",
      "np.asarray(result.scores)"),
@@ -611,7 +613,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/search/objectives.py",
      "cost = cost + 0.5 * jnp.sum(prior**2)\n        rows =", "rows ="),
     # Tolerances do not go with the unit of the data.
-    ("estimation/observed/tolerances.py", "float(rtol) * size", "float(rtol) + 0 * size"),
+    ("estimation/observed/tolerances.py", "jnp.asarray(rtol * size", "jnp.asarray(rtol + 0 * size"),
     # A number of the state that begins at zero is solved as coarsely as the largest start says.
     ("estimation/observed/tolerances.py", "np.min(np.where(sizes > 0, sizes, np.inf), axis=0)",
      "np.max(sizes, axis=0)"),
@@ -642,7 +644,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/prediction.py", "undetermined.astype(int) > 0",
      "undetermined.astype(int) < 0"),
     # Parts of the observations are solved to the end.
-    ("estimation/observed/observed_system.py", "jnp.minimum(self.ts, end), None", "self.ts, None"),
+    ("estimation/observed/observed_system.py", "ts=jnp.minimum(self.ts, end)", "ts=self.ts"),
     # A prior does not get the data.
     ("estimation/observed/observed_system.py",
      "self.prior(self.with_args(params))", "self.prior(params)"),

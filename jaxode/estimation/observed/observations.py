@@ -86,7 +86,9 @@ def posed(
         options={"rtol": max(PARAMETER_TOLERANCE[dtype] / 100, 1e-6), **arguments.options},
     )  # fmt: skip
     _check_shapes(problem)
-    return problem if "atol" in arguments.options else with_atol(problem, flats), flats, bounds
+    if "atol" not in arguments.options:
+        problem = with_atol(problem, ys, ts.ndim - 1, flats)
+    return problem, flats, bounds
 
 
 def _check_functions(arguments: EstimateArguments) -> None:

@@ -1,7 +1,7 @@
 """An ODE with unknown parameters, and its observations."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,18 +17,102 @@ from jaxode.ode.pieces import Jumps
 from jaxode.ode.solve import solve
 
 
-class ObservedODE(eqx.Module):
-    """An ODE with unknown parameters, and its observations."""
+class Experiment(NamedTuple):
+    """The data of one experiment, or of several with a leading axis of rows."""
+
+    ts: Float[Array, "*rows times"]
+    """The times of the observations."""
+    ys: Float[Array, "..."]
+    """The observations, `[times, ...]` or `[rows, times, ...]`, with NaN where one is missing."""
+    y0: PyTree[Float[Array, "..."]]
+    """The state at the initial time, or None if it is a function of the parameters."""
+    row: PyTree
+    """The experiment's row of `row_args`, or None."""
+    doses: Float[Array, "*rows jumps"] | None
+    """The times of doses, or None."""
+
+    def until(self, end: Float[Array, ""]) -> "Experiment":
+        """The experiment with times after `end` moved to it."""
+        return self._replace(ts=jnp.minimum(self.ts, end))
+
+
+class ObservedSystem(eqx.Module):
+    """An ODE with unknown parameters, and what is observed of it."""
 
     f: Callable[..., PyTree]
-    y0: PyTree
-    """The state at `t0`, or a function of the parameters."""
+    y0: Any
+    """A function of the parameters that returns the state at `t0`, or a state."""
     t0: Float[Array, ""]
-    ts: Float[Array, " times"] | Float[Array, "rows times"]
-    ys: Float[Array, "times ..."] | Float[Array, "rows times ..."]
     template: PyTree
     """Parameters, for their shapes."""
     observe: Callable[..., Array] | None
+    args: PyTree
+    """Data that the functions get together with the parameters, or None."""
+    options: dict[str, Any]
+    """Options of `solve`. Only the change at a dose counts of `jumps`."""
+
+    def unravel(self, flat: Float[Array, " n"]) -> PyTree:
+        """The parameters."""
+        return ravel_pytree(self.template)[1](flat)
+
+    def with_args(self, params: PyTree) -> PyTree:
+        """The argument `params` of a user's function: with `args`, the pair `(params, args)`."""
+        return params if self.args is None else (params, self.args)
+
+    def initial_state(self, params: PyTree, experiment: Experiment) -> PyTree:
+        """The state of an experiment at `t0`."""
+        if not callable(self.y0):
+            return experiment.y0
+        params, row = self.with_args(params), experiment.row
+        if row is None or not needs_row(self.y0):
+            return self.y0(params)
+        if experiment.ts.ndim == 1:
+            return self.y0(params, row)
+        return jax.vmap(lambda row: self.y0(params, row))(row)
+
+    def states_of(self, params: PyTree, experiment: Experiment, throw: bool = False) -> PyTree:
+        """The states of an experiment at the times of its observations. Doses after the last of
+        these do not come."""
+        ts, row, params_of_f = experiment.ts, experiment.row, self.with_args(params)
+        options = dict(self.options)
+        if (doses := experiment.doses) is not None:
+            doses = jnp.where(doses > ts[..., -1:], jnp.inf, doses)
+            options["jumps"] = Jumps(doses, options["jumps"].change)
+        if ts.ndim == 2:
+            options |= {"batch": "per_sample", "row_args": row}
+        elif row is not None:
+            params_of_f = params_of_f, row
+        return solve(
+            self.f, self.initial_state(params, experiment), self.t0, ts[..., -1], params_of_f,
+            ts=ts, adjoint=ForwardMode(), throw=throw, **options,
+        ).ys  # fmt: skip
+
+    def prediction_of(self, params: PyTree, experiment: Experiment, throw: bool = False) -> Array:
+        """What is observed of an experiment, without noise."""
+        states, observe = self.states_of(params, experiment, throw), self.observe
+        if observe is None:
+            return states
+        params = self.with_args(params)
+
+        def observed(t, y, row):
+            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
+
+        at_times = jax.vmap(observed, (0, 0, None))
+        if experiment.ts.ndim == 2:
+            at_times = jax.vmap(at_times)
+        return at_times(experiment.ts, states, experiment.row)
+
+    def states_of_rows(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """The states of all experiments, `[rows, ...]` at the initial time and `[rows, times, ...]`
+        at the times of the observations. A single experiment is one row."""
+        raise NotImplementedError
+
+
+class ObservedODE(ObservedSystem):
+    """An ODE with unknown parameters, and its observations."""
+
+    ts: Float[Array, " times"] | Float[Array, "rows times"]
+    ys: Float[Array, "times ..."] | Float[Array, "rows times ..."]
     likelihood: Any
     """A `Likelihood`, a user's log-density, or None with `residual`."""
     residual: Any
@@ -38,10 +122,7 @@ class ObservedODE(eqx.Module):
     estimated: bool
     """Whether the noise is estimated from the residuals."""
     prior: Callable[[PyTree], PyTree] | None
-    args: PyTree
-    """Data that the functions get together with the parameters, or None."""
     row_args: PyTree
-    options: dict[str, Any]
 
     @property
     def unit(self) -> Float[Array, ""] | float:
@@ -54,47 +135,22 @@ class ObservedODE(eqx.Module):
         named = isinstance(self.likelihood, Likelihood)
         return self.likelihood is not None and not (named and not callable(self.noise))
 
-    def unravel(self, flat: Float[Array, " n"]) -> PyTree:
-        """The parameters."""
-        return ravel_pytree(self.template)[1](flat)
+    @property
+    def experiments(self) -> Experiment:
+        """The observations, of one experiment or of several."""
+        jumps = self.options.get("jumps")
+        doses = None if jumps is None else floating(jumps.times)
+        y0 = None if callable(self.y0) else self.y0
+        return Experiment(self.ts, self.ys, y0, self.row_args, doses)
 
-    def with_args(self, params: PyTree) -> PyTree:
-        """The argument `params` of a user's function: with `args`, the pair `(params, args)`."""
-        return params if self.args is None else (params, self.args)
-
-    def start(self, params: PyTree) -> PyTree:
-        """The state at `t0`."""
-        if not callable(self.y0):
-            return self.y0
-        return of_rows(self.y0, self.with_args(params), self.row_args)
-
-    def states(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> PyTree:
-        """The states at the times of the observations, those after `end` as at `end`."""
-        ts, batch = jnp.minimum(self.ts, end), None if self.ts.ndim == 1 else "per_sample"
-        options = self.options
-        if (jumps := options.get("jumps")) is not None:  # those after the end are padding
-            times = floating(jumps.times)
-            times = jnp.where(times > ts[..., -1:], jnp.inf, times)
-            options = {**options, "jumps": Jumps(times, jumps.change)}
-        return solve(
-            self.f, self.start(params), self.t0, ts[..., -1], self.with_args(params), ts=ts,
-            batch=batch, row_args=self.row_args, adjoint=ForwardMode(), throw=throw, **options,
-        ).ys  # fmt: skip
+    def states_of_rows(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        experiments = self.experiments
+        states = self.initial_state(params, experiments), self.states_of(params, experiments)
+        return states if self.ts.ndim == 2 else jax.tree.map(lambda leaf: leaf[None], states)
 
     def predicted(self, params: PyTree, end: Float[Array, ""], throw: bool = False) -> Array:
         """Predict the observations, those after `end` as at `end`."""
-        ys, observe, params = self.states(params, end, throw), self.observe, self.with_args(params)
-        if observe is None:
-            return ys
-        ts = jnp.minimum(self.ts, end)
-
-        def observed(t, y, row):
-            return call_field(observe, t, y, params, "observe", "what is observed", row=row)
-
-        at_times = jax.vmap(observed, (0, 0, None))
-        if ts.ndim == 1:
-            return at_times(ts, ys, None)
-        return jax.vmap(at_times)(ts, ys, self.row_args)
+        return self.prediction_of(params, self.experiments.until(end), throw)
 
     def noise_at(self, params: PyTree) -> Float[Array, "..."]:
         """The noise of each observation."""

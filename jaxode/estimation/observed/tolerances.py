@@ -1,7 +1,7 @@
 """Tolerances: of the search, and absolute ones of its solves, in the units of the state."""
 
 import dataclasses
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxode._jax.closure import compiled
-from jaxode.estimation.observed.observed_system import ObservedODE
+from jaxode.estimation.observed.observed_system import ObservedSystem
 
 # The search ends when a step changes the parameters by less than this part of them, unless a bound
 # cut it short.
@@ -22,23 +22,30 @@ VANISHED = 1e-6
 STARTS_FOR_SIZES = 8
 
 
-def with_atol(problem: ObservedODE, flats: Float[Array, "starts n"]) -> ObservedODE:
+S = TypeVar("S", bound=ObservedSystem)
+
+
+def with_atol(system: S, ys: Float[Array, "..."], times: int, flats: Float[Array, "starts n"]) -> S:
     """Add an absolute tolerance for each number of the state: `rtol` times its size.
 
     Its size is the spread of its observations or, if it has none, that of solves from some starts.
+
+    Args:
+        system: the observed system.
+        ys: its observations.
+        times: the axis of their times.
+        flats: the starts.
     """
-    rows, ys = tuple(range(problem.ts.ndim)), np.asarray(problem.ys, float)
-    if problem.observe is None and (~np.isnan(ys)).any(axis=rows).all():
-        sizes = positive(spreads(ys, rows[-1], rows))
+    values = np.asarray(ys, float)
+    rows = tuple(range(times + 1))
+    if system.observe is None and (~np.isnan(values)).any(axis=rows).all():
+        sizes = positive(spreads(values, times, rows))
     else:
-        sizes = sizes_of_states(*_states(problem, flats[:STARTS_FOR_SIZES]))
-    atol = tolerances(problem.options["rtol"], sizes, problem.ts.dtype)
-    return dataclasses.replace(problem, options={**problem.options, "atol": atol})
-
-
-def tolerances(rtol: Any, sizes: PyTree[np.ndarray], dtype: Any) -> PyTree[Array]:
-    """Absolute tolerances as arrays: inputs of programs, since they vary with the data."""
-    return jax.tree.map(lambda size: jnp.asarray(float(rtol) * size, dtype), sizes)
+        sizes = sizes_of_states(*_states(system, flats[:STARTS_FOR_SIZES]))
+    rtol, dtype = float(system.options["rtol"]), system.t0.dtype
+    # Arrays are inputs of programs: tolerances vary with the data.
+    atol = jax.tree.map(lambda size: jnp.asarray(rtol * size, dtype), sizes)
+    return dataclasses.replace(system, options={**system.options, "atol": atol})
 
 
 def spreads(ys: np.ndarray, axis: int, over: tuple[int, ...] | None = None) -> np.ndarray:
@@ -93,27 +100,16 @@ def positive(sizes: PyTree[np.ndarray]) -> PyTree[np.ndarray]:
     return jax.tree.map(lambda leaf: np.where((leaf > 0) & np.isfinite(leaf), leaf, least), sizes)
 
 
-def rough(options: dict[str, Any], y0: PyTree[Array], rows: bool) -> dict[str, Any]:
-    """Options of a coarse solve from `y0`, which only measures the sizes of states."""
-
-    def least(leaf):
-        root = jnp.sqrt(jnp.mean(leaf**2, axis=0)) if rows else jnp.abs(leaf)
-        return VANISHED * root
-
-    return {**options, "rtol": ROUGH_RTOL, "atol": jax.tree.map(least, y0)}
-
-
 @compiled
-def _states(problem: ObservedODE, flats: Float[Array, "starts n"]) -> tuple[PyTree, PyTree]:
+def _states(system: ObservedSystem, flats: Float[Array, "starts n"]) -> tuple[PyTree, PyTree]:
     """Initial states `[starts, rows, ...]`, and states at the times of the observations, `[starts,
-    rows, times, ...]`. A single experiment is one row."""
-    rows = problem.ts.ndim == 2
+    rows, times, ...]`, by coarse solves."""
 
     def of_start(flat):
-        params = problem.unravel(flat)
-        y0 = problem.start(params)
-        options = rough(problem.options, y0, rows)
-        ys = dataclasses.replace(problem, options=options).states(params, jnp.max(problem.ts))
-        return (y0, ys) if rows else jax.tree.map(lambda leaf: leaf[None], (y0, ys))
+        params = system.unravel(flat)
+        y0, _ = system.states_of_rows(params)
+        least = jax.tree.map(lambda leaf: VANISHED * jnp.sqrt(jnp.mean(leaf**2, axis=0)), y0)
+        options = {**system.options, "rtol": ROUGH_RTOL, "atol": least}
+        return dataclasses.replace(system, options=options).states_of_rows(params)
 
     return jax.lax.map(of_start, flats)

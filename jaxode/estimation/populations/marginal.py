@@ -1,9 +1,8 @@
 """The likelihood of a population, by Laplace's method over the effects."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxode._jax.closure import compiled
 from jaxode.estimation.observed.likelihoods import LOG_ROOT_2_PI
-from jaxode.estimation.observed.observed_system import needs_row
-from jaxode.ode.adjoints import ForwardMode
-from jaxode.ode.field import call_field
-from jaxode.ode.pieces import Jumps
-from jaxode.ode.solve import solve
+from jaxode.estimation.observed.observed_system import Experiment, ObservedSystem
 
 # The largest number of steps of the search for the effects of a subject.
 EFFECT_STEPS = 50
@@ -36,20 +31,6 @@ DAMPING_CUT = 0.2
 DAMPING_GROWTH = 5.0
 
 
-class Subject(NamedTuple):
-    """The data of one subject."""
-
-    ts: Float[Array, " times"]
-    ys: Float[Array, "times ..."]
-    """NaN where an observation is missing."""
-    y0: PyTree
-    """The state at `t0`, or None if it is a function."""
-    row: PyTree
-    """The subject's row of `row_args`, or None."""
-    doses: Float[Array, " jumps"] | None
-    """The times of doses, or None."""
-
-
 class NLL(NamedTuple):
     """Minus the logarithm of the density of a subject's observations and effects."""
 
@@ -63,36 +44,20 @@ class NLL(NamedTuple):
 Moments = Callable[[Float[Array, " n"]], Float[Array, "2 times ..."]]
 
 
-class Population(eqx.Module):
+class Population(ObservedSystem):
     """Subjects with parameters `params + root @ z` in those that vary, and `z` standard normal."""
 
-    f: Callable[..., PyTree]
-    y0: Any
-    t0: Float[Array, ""]
-    observe: Any
     noise: Callable[[Array, PyTree], Array] | None
-    change: Any
-    """How a dose changes the state."""
     places: Int[Array, " q"]
     """Which entries of the vector of parameters vary between subjects."""
     correlated: bool
-    template: PyTree
-    """Typical parameters, for their shapes."""
-    args: PyTree
-    """Data that all functions get together with the parameters, or None."""
-    subjects: Subject
+    subjects: Experiment
     """The data of all subjects, `[subjects, ...]`."""
-    options: dict[str, Any]
-    """Options of `solve`."""
 
     @property
     def shared(self) -> int:
         """The number of parameters of the population, without the noise."""
         return len(ravel_pytree(self.template)[0])
-
-    def unravel(self, flat: Float[Array, " n"]) -> PyTree:
-        """The parameters of a subject."""
-        return ravel_pytree(self.template)[1](flat)
 
     def split(self, theta: Float[Array, " p"]) -> tuple[Array, Array, Array]:
         """The typical parameters, the root of the covariance, and the logarithm of the noise `[1]`,
@@ -118,49 +83,21 @@ class Population(eqx.Module):
         flat, root, _ = self.split(theta)
         return flat.at[self.places].add(root @ z)
 
-    def with_args(self, flat: Float[Array, " n"]) -> PyTree:
-        """The argument `params` of a user's function: with `args`, the pair `(params, args)`."""
-        params = self.unravel(flat)
-        return params if self.args is None else (params, self.args)
+    def states_of_rows(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        def of_subject(subject):
+            return self.initial_state(params, subject), self.states_of(params, subject)
 
-    def start(self, flat: Float[Array, " n"], subject: Subject) -> PyTree:
-        """A subject's state at `t0`."""
-        if not callable(self.y0):
-            return subject.y0
-        params, row = self.with_args(flat), subject.row
-        return self.y0(params, row) if row is not None and needs_row(self.y0) else self.y0(params)
+        return jax.vmap(of_subject)(self.subjects)
 
-    def states(self, flat: Float[Array, " n"], subject: Subject) -> PyTree:
-        """A subject's states at the times of its observations."""
-        params, row = self.with_args(flat), subject.row
-        jumps = None if subject.doses is None else Jumps(subject.doses, self.change)
-        return solve(
-            self.f, self.start(flat, subject), self.t0, subject.ts[-1],
-            params if row is None else (params, row), ts=subject.ts, jumps=jumps,
-            adjoint=ForwardMode(), throw=False, **self.options,
-        ).ys  # fmt: skip
-
-    def predicted(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "times ..."]:
-        """The mean of a subject's observations by its parameters."""
-        params, row = self.with_args(flat), subject.row
-        params = params if row is None else (params, row)
-        states = self.states(flat, subject)
-        if self.observe is None:
-            return states
-
-        def observed(t, y):
-            return call_field(self.observe, t, y, params, "observe", "what is observed")
-
-        return jax.vmap(observed)(subject.ts, states)
-
-    def moments(self, flat: Float[Array, " n"], subject: Subject) -> Float[Array, "2 times ..."]:
+    def moments(self, flat: Float[Array, " n"], subject: Experiment) -> Float[Array, "2 times ..."]:
         """The mean of a subject's observations by its parameters, and the logarithm of their
         standard deviation, or zero if one number is the noise of all."""
-        mean, log_noise = self.predicted(flat, subject), jnp.zeros(())
+        params = self.unravel(flat)
+        mean, log_noise = self.prediction_of(params, subject), jnp.zeros(())
         if self.noise is not None:
             # Noise may be zero where an observation is missing.
             missing = jnp.isnan(subject.ys)
-            log_noise = jnp.log(jnp.where(missing, 1.0, self.noise(mean, self.with_args(flat))))
+            log_noise = jnp.log(jnp.where(missing, 1.0, self.noise(mean, self.with_args(params))))
         return jnp.stack([mean, jnp.broadcast_to(log_noise, mean.shape)])
 
     def nll(self, moments: Moments, theta: Array, z: Array, ys: Array) -> NLL:
@@ -187,7 +124,7 @@ class Population(eqx.Module):
         hessian = jnp.einsum("cm,cmq,cmr->qr", fisher, slopes, slopes) + jnp.eye(len(z))
         return NLL(value, gradient, hessian)
 
-    def effects(self, theta: Array, begin: Array, subject: Subject) -> Float[Array, " q"]:
+    def effects(self, theta: Array, begin: Array, subject: Experiment) -> Float[Array, " q"]:
         """Search for the likeliest effects of a subject.
 
         The search starts from `begin` or from zero, whichever is likelier: `begin` comes from other
@@ -233,7 +170,7 @@ class Population(eqx.Module):
         state = none, none, worst, zero, damping, jnp.asarray(0), jnp.asarray(False)
         return jax.lax.while_loop(unfinished, step, state)[1]
 
-    def expanded(self, flat: Float[Array, " n"], subject: Subject) -> Moments:
+    def expanded(self, flat: Float[Array, " n"], subject: Experiment) -> Moments:
         """The moments near the parameters to second order.
 
         Second derivatives by two parameters that do not vary are left out: first derivatives of the
@@ -263,7 +200,7 @@ class Population(eqx.Module):
 
         return expansion
 
-    def marginal(self, theta: Array, z: Array, subject: Subject) -> "Evaluated":
+    def marginal(self, theta: Array, z: Array, subject: Experiment) -> "Evaluated":
         """Integrate over a subject's effects by Laplace's method, with the expected Hessian (FOCE
         with interaction), from effects `z` near the likeliest ones. The gradient is exact."""
         count = len(theta)

@@ -83,7 +83,7 @@ def _as_one(population: Population) -> ObservedODE:
         y0 = StateOfAll(y0, len(subjects.ts))
     options = dict(population.options)
     if subjects.doses is not None:
-        options["jumps"] = Jumps(subjects.doses, population.change)
+        options["jumps"] = Jumps(subjects.doses, options["jumps"].change)
     ys = np.asarray(subjects.ys, float)
     likelihood: Any = LIKELIHOODS["normal"]
     noise = jnp.asarray(spreads(ys, 1) or 1.0, subjects.ys.dtype)

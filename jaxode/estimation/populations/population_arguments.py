@@ -1,6 +1,5 @@
 """Check what `jaxode.estimate_population` gets, and pose the population."""
 
-import dataclasses
 import inspect
 import math
 from typing import Any, NamedTuple
@@ -25,20 +24,16 @@ from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import infinite_padding
-from jaxode._jax.closure import compiled
 from jaxode.estimation.observed.observations import as_data, broadcasts, check_observed, check_times
-from jaxode.estimation.observed.tolerances import (
-    positive,
-    rough,
-    sizes_of_states,
-    spreads,
-    tolerances,
-)
-from jaxode.estimation.populations.marginal import Population, Subject
+from jaxode.estimation.observed.observed_system import Experiment
+from jaxode.estimation.observed.tolerances import with_atol
+from jaxode.estimation.populations.marginal import Population
 from jaxode.ode.field import check_field
-from jaxode.ode.pieces import check_jumps
+from jaxode.ode.pieces import Jumps, check_jumps
 from jaxode.ode.solve import solve
 
+# The relative tolerance of solves.
+POPULATION_RTOL = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-5}
 # Arguments of `solve` that `estimate_population` sets itself.
 NOT_OPTIONS_OF_POPULATIONS = (
     "f", "y0", "t0", "t1", "args", "batch", "row_args", "ts", "adjoint", "throw",
@@ -75,16 +70,16 @@ def posed_population(arguments: PopulationArguments) -> tuple[Population, np.nda
     row_args = arguments.row_args
     rows = None if row_args is None else check_rows("row_args", row_args, len(times))
     states = None if callable(y0) else check_rows("y0", check_state("y0", y0), len(times))
-    jumps, doses = options.pop("jumps", None), None
-    if jumps is not None:
+    doses, options = None, {"rtol": POPULATION_RTOL[times.dtype], **options}
+    if (jumps := options.get("jumps")) is not None:
         doses = _doses(floating(jumps.times).astype(times.dtype), times, t0)
-    options = {"rtol": 1e-6 if times.dtype == jnp.float64 else 1e-5, **options}
+        options["jumps"] = Jumps(jnp.zeros(0), jumps.change)  # the times are those of a subject
     population = Population(
         f=arguments.f, y0=y0 if callable(y0) else None, t0=t0, observe=arguments.observe,
-        noise=noise, change=None if jumps is None else jumps.change, places=places,
+        noise=noise, places=places,
         correlated=arguments.correlated, template=template,
         args=as_data(arguments.args, (t0, times.max())),
-        subjects=Subject(times, ys, states, rows, doses), options=options,
+        subjects=Experiment(times, ys, states, rows, doses), options=options,
     )  # fmt: skip
     _check_shapes(population)
     root = deviations
@@ -92,8 +87,7 @@ def posed_population(arguments: PopulationArguments) -> tuple[Population, np.nda
         root = jnp.diag(deviations)[jnp.tril_indices(len(places))]
     flat = ravel_pytree(template)[0]
     if "atol" not in options:
-        atol = _tolerances(population, flat)
-        population = dataclasses.replace(population, options={**options, "atol": atol})
+        population = with_atol(population, ys, 1, flat[None])
     theta = np.asarray(jnp.concatenate([flat, root, jnp.zeros(int(noise is None), times.dtype)]))
     return population, with_noise_of_residuals(population, theta)
 
@@ -116,36 +110,11 @@ def _observations(arguments: PopulationArguments) -> tuple[Array, Array, Array]:
     return times, ys, t0
 
 
-def _tolerances(population: Population, flat: Float[Array, " n"]) -> PyTree[Array]:
-    """The absolute tolerance of each number of the state, by its observations or, if there are
-    none, by a coarse solve from the start."""
-    ys = np.asarray(population.subjects.ys, float)
-    if population.observe is None and (~np.isnan(ys)).any(axis=(0, 1)).all():
-        sizes = positive(spreads(ys, 1, (0, 1)))
-    else:
-        sizes = sizes_of_states(*_states(population, flat))
-    return tolerances(population.options["rtol"], sizes, population.t0.dtype)
-
-
-@compiled
-def _states(population: Population, flat: Float[Array, " n"]) -> tuple[PyTree, PyTree]:
-    """Initial states and states at the times of the observations, with a leading axis of one
-    start."""
-
-    def of_subject(subject):
-        y0 = population.start(flat, subject)
-        options = rough(population.options, y0, rows=False)
-        return y0, dataclasses.replace(population, options=options).states(flat, subject)
-
-    states = jax.lax.map(of_subject, population.subjects)
-    return jax.tree.map(lambda leaf: leaf[None], states)
-
-
 def _check_shapes(population: Population) -> None:
     """Raise unless predictions and their noise are like observations: others would broadcast."""
     subject = jax.tree.map(lambda leaf: leaf[0], population.subjects)
-    flat, shape = ravel_pytree(population.template)[0], subject.ys.shape
-    predicted = jax.eval_shape(population.predicted, flat, subject)
+    params, shape = population.template, subject.ys.shape
+    predicted = jax.eval_shape(population.prediction_of, params, subject)
     got = getattr(predicted, "shape", predicted)
     if got != shape and population.observe is not None:
         raise ValueError(
@@ -161,7 +130,7 @@ def _check_shapes(population: Population) -> None:
         )
     if population.noise is None:
         return
-    noise = jax.eval_shape(population.noise, predicted, population.with_args(flat))
+    noise = jax.eval_shape(population.noise, predicted, population.with_args(params))
     got = getattr(noise, "shape", noise)
     if not (isinstance(got, tuple) and broadcasts(got, shape)):
         raise ValueError(
@@ -171,7 +140,7 @@ def _check_shapes(population: Population) -> None:
 
 
 def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jumps"]:
-    """The times of jumps, with infinity for those after the last observation of a subject."""
+    """The times of the jumps of each subject."""
     if doses.ndim not in (1, 2) or doses.shape[:-1] not in ((), (len(times),)):
         raise ValueError(
             f"{arg('jumps')} times must be [jumps], or [subjects, jumps] of the {len(times)} "
@@ -186,7 +155,7 @@ def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jump
             f"{arg('jumps')} times must be in order from t0, {t0:g}; got "
             f"{np.asarray(doses[i]).tolist()} for subject {i}. Sort them, and pad with infinity."
         )
-    return jnp.where(doses > times[:, -1:], jnp.inf, doses)
+    return doses
 
 
 def cause(population: Population, theta: np.ndarray, i: int) -> str:
@@ -200,7 +169,7 @@ def cause(population: Population, theta: np.ndarray, i: int) -> str:
     lost = ~np.isnan(subject.ys) & np.isfinite(mean) & ~np.isfinite(log_noise)
     if population.noise is None or not lost.any():
         return "Start nearer, or raise max_steps."
-    noise = population.noise(jnp.asarray(mean), population.with_args(flat))
+    noise = population.noise(jnp.asarray(mean), population.with_args(population.unravel(flat)))
     noise = np.broadcast_to(noise, mean.shape)
     at = tuple(map(int, np.argwhere(lost)[0]))
     return (
