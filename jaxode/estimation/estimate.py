@@ -109,7 +109,12 @@ class Estimate(eqx.Module):
 
     @public("profile")
     def profile(
-        self, where: str | Callable[[PyTree], Array], values: Float[Array, " values"]
+        self,
+        where: str | Callable[[PyTree], Array],
+        values: Float[Array, " values"],
+        *,
+        seconds: float | None = None,
+        progress: bool = False,
     ) -> tuple[Float[Array, " values"], PyTree[Array]]:
         """Hold a parameter, or a function of some, at each of `values`, and estimate again.
 
@@ -123,6 +128,9 @@ class Estimate(eqx.Module):
                 smooth function, as `lambda params: params["beta"] / params["gamma"]`. A function is
                 held to a hundred-thousandth of its standard error.
             values: of it, `[values]`.
+            seconds: wall-clock time, without limit by default. It does not count compilation. Those
+                nearest to the estimate come first; Ctrl-C keeps these, too.
+            progress: write lines on stderr.
 
         Returns:
             Twice the log-likelihood ratio of each value against the estimate, infinite where it was
@@ -130,15 +138,15 @@ class Estimate(eqx.Module):
 
         Raises:
             TypeError, ValueError: if `where` is not one number with a slope at the estimate.
-            KeyboardInterrupt: by Ctrl-C.
         """
+        budget = Budget(seconds, None, progress)
         flat, unravel = ravel_pytree(self.params)
         unit = self._problem.unit
         noise = self.noise if self._problem.estimated else None
         scale = 1.0 if noise is None else (unit / noise) ** 2
         covariance = scale * self.covariance
         profile = Profile(self._problem, self._bounds, self._together, flat, covariance, where)
-        flats, costs = profile.at(values)
+        flats, costs = profile.at(values, budget)
         ratio = 2 * scale * (jnp.asarray(costs, flat.dtype) - self.cost / unit**2)
         return ratio, jax.vmap(unravel)(jnp.asarray(flats, flat.dtype))
 
@@ -208,9 +216,9 @@ def estimate(
         args: data that change from call to call, a pytree: with it, all functions get the pair
             `(params, args)` in place of `params`. Others of the same shapes compile nothing anew.
         row_args: arguments of each experiment, `[rows, ...]`.
-        seconds: wall-clock time of the search, without limit by default. It counts everything,
-            compilation too. The search ends late by up to ten steps of eight starts and an
-            evaluation of each.
+        seconds: wall-clock time of the search, without limit by default. It does not count
+            compilation. The search ends late by up to ten steps of eight starts and an evaluation
+            of each.
         steps: of the search on all observations, 200 by default.
         progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `breakpoints`, `jumps`, `max_steps`. `rtol`

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
-from jaxode.estimation.search.budget import MOST_STEPS
+from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.levenberg_marquardt import minimize
 from jaxode.estimation.search.objectives import LocalModel, Objective, of_observations
 
@@ -56,6 +56,54 @@ class Held(Objective):
         )
 
 
+class Selected(NamedTuple):
+    """The function of the parameters that a user holds at values."""
+
+    where: Callable[[Array], Array]
+    """A function of the parameters as a vector."""
+    value: float
+    """Its value at the estimate."""
+    slope: Float[np.ndarray, " n"]
+    """Its slope there."""
+    is_parameter: bool
+    """Whether it is one of the parameters."""
+
+
+def selected_by(
+    where: str | Callable[[PyTree], Array], unravel: Callable[[Array], PyTree], flat: Array
+) -> Selected:
+    """The function that a user passed or named. Raises if it is not one number with a slope."""
+    select = operator.itemgetter(where) if isinstance(where, str) else where
+
+    def of_vector(flat):
+        return jnp.reshape(select(unravel(flat)), ()).astype(flat.dtype)
+
+    try:
+        value, slope = jax.value_and_grad(of_vector)(flat)
+    except (TypeError, KeyError, IndexError) as error:
+        raise TypeError(
+            f"{arg('where')} must return one number, as lambda params: params['k'][0]; got "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not bool(jnp.isfinite(value) & jnp.isfinite(slope).all() & (slope != 0).any()):
+        raise ValueError(
+            f"{arg('where')} must have a finite slope at the estimate that is not zero; got "
+            f"the value {value:.4g} and the slope {slope}."
+        )
+    slope, chosen = np.asarray(slope), np.asarray(slope != 0)
+    is_parameter = chosen.sum() == 1 and slope[chosen][0] == 1 and value == flat[chosen][0]
+    return Selected(of_vector, float(value), slope, bool(is_parameter))
+
+
+def checked_values(values: Any, dtype: Any) -> Float[np.ndarray, " values"]:
+    """The values of a profile, as an array."""
+    array = np.asarray(floating(values).astype(dtype))
+    if array.ndim != 1:
+        raise ValueError(f"{arg('values')} must be [values]; got shape {array.shape}.")
+    check_finite({"values": array})
+    return array
+
+
 class Profile:
     """Estimates the parameters again with `where` held at values.
 
@@ -72,62 +120,53 @@ class Profile:
         self, problem: ObservedODE, bounds: Bounds, size: int, flat: Float[Array, " n"],
         covariance: Float[Array, "n n"], where: str | Callable[[PyTree], Array],
     ):  # fmt: skip
-        where = operator.itemgetter(where) if isinstance(where, str) else where
         self.bounds, self.size, self.flat = Bounds(*map(np.asarray, bounds)), size, np.asarray(flat)
         self.objective = of_observations(problem, jnp.max(problem.ts))
-        self.where = lambda flat: jnp.reshape(where(problem.unravel(flat)), ()).astype(flat.dtype)
-        try:
-            value, slope = jax.value_and_grad(self.where)(flat)
-        except (TypeError, KeyError, IndexError) as error:
-            raise TypeError(
-                f"{arg('where')} must return one number, as lambda params: params['k'][0]; got "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if not bool(jnp.isfinite(value) & jnp.isfinite(slope).all() & (slope != 0).any()):
-            raise ValueError(
-                f"{arg('where')} must have a finite slope at the estimate that is not zero; got "
-                f"the value {value:.4g} and the slope {slope}."
-            )
-        self.value, chosen = float(value), np.asarray(slope != 0)
+        selected = selected_by(where, problem.unravel, flat)
+        self.where, self.value, slope, self.is_parameter = selected
+        self.chosen = slope != 0
         finite = np.where(np.isfinite(covariance), covariance, 0.0)
         error = float(np.sqrt(slope @ finite @ slope))
         self.error = error if error > 0 else max(abs(self.value), 1.0)
-        self.chosen = chosen
-        self.is_parameter = chosen.sum() == 1 and slope[chosen][0] == 1 and value == flat[chosen][0]
 
-    def at(self, values: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The parameters and the cost at each value.
+    def at(self, values: Any, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
+        """The parameters and the cost at each value, which is infinite where the budget ended.
 
         Values are taken in order of their distance from the estimate. The search for each starts
         where that for the nearest value before it has ended.
         """
-        values = np.asarray(floating(values).astype(self.flat.dtype))
-        if values.ndim != 1:
-            raise ValueError(f"{arg('values')} must be [values]; got shape {values.shape}.")
-        check_finite({"values": values})
+        values = checked_values(values, self.flat.dtype)
         order = np.argsort(np.abs(values - self.value), kind="stable")
-        flats, costs = np.zeros((len(values), len(self.flat))), np.zeros(len(values))
+        flats = np.tile(self.flat, (len(values), 1))
+        costs = np.full(len(values), np.inf)
         done = [(self.value, self.flat)]
         for part in np.split(order, range(self.size, len(order), self.size)):
             rows = np.resize(part, self.size)
             starts = [min(done, key=lambda pair: abs(pair[0] - values[i]))[1] for i in rows]
             fitted = self._of_parameter if self.is_parameter else self._of_function
-            flats[rows], costs[rows] = fitted(np.stack(starts), values[rows])
+            flats[rows], costs[rows] = fitted(np.stack(starts), values[rows], budget)
+            if budget.over:
+                break
             done += [(float(values[i]), flats[i]) for i in part if np.isfinite(costs[i])]
+            reached = f"{int(np.isfinite(costs).sum())} of {len(values)} values"
+            budget.show(f"Estimate.profile: {reached}, least cost {costs.min():.6g}")
+        budget.finish()
         return flats, costs
 
-    def _of_parameter(self, starts: np.ndarray, values: np.ndarray):
+    def _of_parameter(self, starts: np.ndarray, values: np.ndarray, budget: Budget):
         """Fit with the parameter fixed at values by equal bounds."""
         starts = np.where(self.chosen, values[:, None], starts)
         fixed = Bounds(*(np.where(self.chosen, starts, bound) for bound in self.bounds))
-        fits = minimize(self.objective, starts, fixed, MOST_STEPS, size=self.size)
+        fits = minimize(self.objective, starts, fixed, budget.steps, size=self.size, budget=budget)
         lower, upper = (
             np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.bounds
         )
         inside = (lower <= values) & (values <= upper)
+        # A search that the budget has cut short says nothing of its value.
+        inside &= fits.converged | (not budget.over)
         return fits.flats, np.where(inside, fits.costs, np.inf)
 
-    def _of_function(self, starts: np.ndarray, values: np.ndarray):
+    def _of_function(self, starts: np.ndarray, values: np.ndarray, budget: Budget):
         """Fit with the function held at values, which moves the aims by the distances left."""
         objective = Held(self.objective, self.where, jnp.asarray(HOLDING_WEIGHT / self.error))
         bounds = [np.broadcast_to(bound, starts.shape) for bound in self.bounds]
@@ -136,11 +175,12 @@ class Profile:
         for _ in range(HOLDING_ROUNDS):
             flats = np.column_stack([starts, aims])
             fixed = Bounds(*(np.column_stack([bound, aims]) for bound in bounds))
-            fits = minimize(objective, flats, fixed, MOST_STEPS, size=self.size)
+            fits = minimize(objective, flats, fixed, budget.steps, size=self.size, budget=budget)
             starts = fits.flats[:, :-1]
             distance = np.asarray(jax.vmap(self.where)(jnp.asarray(starts))) - values
-            if not (np.abs(distance) > tolerance).any():
+            if budget.over or not (np.abs(distance) > tolerance).any():
                 break
             aims = aims - np.nan_to_num(distance)
         costs = fits.costs - 0.5 * fits.residuals[:, -1] ** 2
-        return starts, np.where(np.abs(distance) <= tolerance, costs, np.inf)
+        reached = (np.abs(distance) <= tolerance) & (fits.converged | (not budget.over))
+        return starts, np.where(reached, costs, np.inf)

@@ -89,6 +89,8 @@ CLASSES = {
     # estimates
     "Estimate": "jaxode.estimation.estimate:Estimate",
     "PopulationEstimate": "jaxode.estimation.populations.population:PopulationEstimate",
+    "Population": "jaxode.estimation.populations.marginal:Population",
+    "Experiment": "jaxode.estimation.observed.observed_system:Experiment",
     "ObservedODE": "jaxode.estimation.observed.observed_system:ObservedODE",
     "ParameterBox": "jaxode.estimation.observed.bounds:Bounds",
     "NormalNoise": "jaxode.estimation.observed.likelihoods:Normal",

@@ -693,16 +693,30 @@ def test_a_search_that_is_cut_short_looks_at_the_starts_again(fitted):
     np.testing.assert_array_equal(outcome_of_starts(outcomes)[0], start)
 
 
-def test_an_interrupt_ends_a_profile(fitted, monkeypatch):
+def test_an_interrupt_keeps_the_values_of_a_profile_so_far(fitted, monkeypatch, capsys):
+    """Those nearest to the estimate come first, as many at a time as there are rows."""
+    calls, last = [], []
     advanced = levenberg_marquardt._advanced
 
-    def interrupted_once(*args):
-        monkeypatch.setattr(levenberg_marquardt, "_advanced", advanced)
-        raise KeyboardInterrupt
+    def counted(*args):
+        calls.append(args)
+        if len(calls) in last:
+            raise KeyboardInterrupt
+        return advanced(*args)
 
-    monkeypatch.setattr(levenberg_marquardt, "_advanced", interrupted_once)
-    with pytest.raises(KeyboardInterrupt):
-        fitted.profile(lambda params: params["rate"], jnp.ones(1))
+    monkeypatch.setattr(levenberg_marquardt, "_advanced", counted)
+    rows = fitted._together
+    values = fitted.params["rate"] + 1e-3 * np.arange(rows + 2)
+    whole, _ = fitted.profile("rate", values[:rows])
+    last.append(2 * len(calls) + 1)
+    ratio, params = fitted.profile("rate", values, progress=True)
+    np.testing.assert_allclose(ratio[:rows], whole, atol=1e-6)
+    assert np.isinf(ratio[rows:]).all()
+    assert np.isfinite(params["size"]).all()
+    assert f"Estimate.profile: {rows} of {rows + 2} values, least cost" in capsys.readouterr().err
+    calls.clear()
+    none, _ = fitted.profile("rate", values, seconds=0)
+    assert np.isinf(none).all()
 
 
 def test_a_prediction_has_the_band_of_the_delta_method(fitted):

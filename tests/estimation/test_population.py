@@ -265,6 +265,106 @@ def test_doses_after_the_last_observation_of_a_subject_never_come():
     np.testing.assert_allclose(early, expected, rtol=1e-4)
 
 
+def test_a_new_subject_lies_in_the_band_of_a_linear_mixed_model(lines):
+    ts = np.array([0.5, 2.0, 4.0])
+    band = lines.predict(ts)
+    basis = np.stack([np.ones(3), ts], 1)
+    typical, scale = (np.array([*tree.values()]) for tree in (lines.params, lines.deviations))
+    spread = np.asarray(lines.correlation) * scale * scale[:, None] + lines.covariance[:2, :2]
+    # The rows of the root are uncertain, too: their variances add to the mean spread.
+    mean_of_squares = np.asarray(lines.covariance)[2:5, 2:5]
+    spread += np.array(
+        [
+            [mean_of_squares[0, 0], mean_of_squares[0, 1]],
+            [mean_of_squares[0, 1], mean_of_squares[1, 1] + mean_of_squares[2, 2]],
+        ]
+    )
+    deviation = np.sqrt(np.einsum("ti,ij,tj->t", basis, spread, basis))
+    np.testing.assert_allclose(band.mean[:, 0], basis @ typical, atol=0.02)
+    np.testing.assert_allclose((band.high - band.low)[:, 0] / 3.92, deviation, rtol=0.05)
+    np.testing.assert_allclose((band.high + band.low)[:, 0] / 2, basis @ typical, atol=0.05)
+
+
+def test_a_profile_of_a_population_estimates_all_others_again(lines, monkeypatch, capsys):
+    levels = np.array([1.2, 1.8, 2.6])
+    ratio, params = lines.profile("level", levels, progress=True)
+    assert "PopulationEstimate.profile: 3 of 3 values, least nll " in capsys.readouterr().err
+    for level, nll, slope in zip(levels, lines.nll + ratio / 2, params["slope"], strict=True):
+        rest = optimize.minimize(
+            lambda x, level=level: nll_of_lines(np.append(level, x)),
+            [-1.0, 0.5, -0.2, 0.3, -1.5],
+            method="BFGS",
+            options={"gtol": 1e-6},
+        )
+        np.testing.assert_allclose(nll, rest.fun, atol=1e-3)
+        np.testing.assert_allclose(slope, rest.x[0], atol=0.01)
+    np.testing.assert_array_equal(params["level"], levels)
+    by_function, _ = lines.profile(lambda params: params["level"], levels[:1])
+    np.testing.assert_allclose(by_function, ratio[:1], atol=1e-3)
+    with pytest.raises(ValueError, match=r"where=.* must be one typical parameter .* as 'k' or"):
+        lines.profile(lambda params: params["level"] + params["slope"], levels)
+
+    calls, at = [], PopulationLikelihood.at
+
+    def interrupted(self, *args):
+        calls.append(0)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return at(self, *args)
+
+    monkeypatch.setattr(PopulationLikelihood, "at", interrupted)
+    first, _ = lines.profile("level", np.append(levels, lines.params["level"] + 1e-3))
+    np.testing.assert_allclose(first[3], 0.0, atol=1e-3)
+    assert np.isinf(np.asarray(first)[[0, 2]]).all()  # those that are far away
+
+
+NEW_SUBJECT = {"ts": TS, "y0": jnp.zeros(1), "row_args": 2.0, "doses": [0.25, 1.5]}
+NO_SUBJECT = {
+    "times before the start": ({"ts": TS - 2}, "ts=.*must not be before t0"),
+    "times of several": ({"ts": TS[None]}, r"ts=.*must be \[times\]; got shape \(1, 6\)"),
+    "no row": ({"row_args": None}, "row_args=.*must be the row of one subject.*; got none"),
+    "all rows": ({"row_args": SIZES}, r"row_args=.*of shape \(\); got shape \(8,\)"),
+    "a row that is not finite": ({"row_args": np.nan}, "row_args=.*must be finite"),
+    "no state": ({"y0": None}, "y0=.*must"),
+    "no doses": ({"doses": None}, r"doses=.*must be the times of the subject's jumps"),
+    "doses out of order": ({"doses": [2.0, 1.0]}, r"doses=.*in order, \[jumps\]; got"),
+    "a dose before the start": ({"doses": [-1.0]}, "doses=.*not be before t0, 0; got -1"),
+}
+
+
+@pytest.fixture(scope="module")
+def with_doses():
+    rest = {"noise": both, "args": jnp.ones(()), "row_args": SIZES, "jumps": DOSED_JUMPS}
+    given = (DOSED[name] for name in ("f", "y0", "ts", "ys", "start", "vary"))
+    return jaxode.estimate_population(*given, **rest, steps=2, pool=False)
+
+
+@pytest.mark.filterwarnings("ignore:estimate_population. the search")
+def test_doses_of_a_new_subject(with_doses):
+    band = with_doses.predict(**NEW_SUBJECT)
+    rng = np.random.default_rng(0)
+    names = [*with_doses.params]
+    at = [with_doses.params[name] for name in names] + [with_doses.deviations["rate"]]
+    drawn = rng.multivariate_normal(at, with_doses.covariance, 100_000)
+    rate = drawn[:, names.index("rate")] + drawn[:, 3] * rng.normal(size=len(drawn))
+    apart = TS - np.array([[0.25], [1.5]])
+    left = np.exp(-np.exp(rate)[:, None, None] * np.maximum(apart, 0.0))
+    expected = 2.0 * np.sum((apart > 0) * left, axis=1)
+    np.testing.assert_allclose(band.mean[:, 0], expected.mean(0), rtol=0.01)
+    ends = np.quantile(expected, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose([band.low[:, 0], band.high[:, 0]], ends, rtol=0.02)
+    none = with_doses.predict(**NEW_SUBJECT | {"doses": []})
+    assert not np.any(none.high)
+
+
+@pytest.mark.parametrize("case", NO_SUBJECT)
+@pytest.mark.filterwarnings("ignore:estimate_population. the search")
+def test_what_is_no_new_subject(with_doses, case):
+    changes, words = NO_SUBJECT[case]
+    with pytest.raises((ValueError, TypeError), match=words):
+        with_doses.predict(**NEW_SUBJECT | changes)
+
+
 # What one or all of the subjects above may have, and what is said of it.
 LOST = {
     "a row that is not finite": (
@@ -380,7 +480,7 @@ def test_what_is_free_is_named_and_has_no_errors():
     words = r"not determine \['slope'\], deviation of \['slope'\]: .* parameters vary.$"
     end = Maximum(theta, 1.0, covariance, True, free, np.zeros(5, bool), np.ones(5, bool))
     with pytest.warns(UserWarning, match=words):
-        found = _described(population, end, effects, Budget(None, 200, False))
+        found = _described(population, end, effects, Budget(None, 200, False), None)
     assert not found.converged
     np.testing.assert_allclose([*found.errors.values()], [0.2, np.nan])
     np.testing.assert_allclose([*found.deviation_errors.values()], [0.2, np.nan])

@@ -115,6 +115,10 @@ FIRST = {
     ),
     "estimation/populations/population": ("tests/estimation/test_population.py",),
     "estimation/populations/population_arguments": ("tests/estimation/test_population.py",),
+    "estimation/populations/new_subject": ("tests/estimation/test_population.py",),
+    "estimation/populations/population_profile": ("tests/estimation/test_population.py",),
+    "estimation/profiles": ("tests/estimation/test_estimate.py",),
+    "_jax/compile_time": ("tests/_jax/test_compile_time.py",),
     "estimation/prediction": (
         "tests/estimation/test_reports.py",
         "tests/estimation/test_estimate.py",
@@ -595,7 +599,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("estimation/populations/marginal.py",
      "jnp.full_like(mean, 2.0)])\n", "jnp.full_like(mean, 0.0)])\n"),
     # A dose after the last observation of a subject comes at once.
-    ("estimation/observed/observed_system.py", "ts[..., -1:], jnp.inf, doses", "ts[..., -1:], 0.0, doses"),
+    ("estimation/observed/observed_system.py", "ts[..., -1:], jnp.inf, doses",
+     "ts[..., -1:], 0.0, doses"),
     # Subjects that fill up a chunk of the population count twice.
     ("estimation/populations/maximum.py", "np.asarray(result.scores)[: len(subjects)]",
      "np.asarray(result.scores)"),
@@ -643,6 +648,19 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # What is not determined is predicted as if it were known.
     ("estimation/prediction.py", "undetermined.astype(int) > 0",
      "undetermined.astype(int) < 0"),
+    # A new subject has the typical parameters.
+    ("estimation/populations/new_subject.py", "effects = jnp.asarray(normal[:, :q]",
+     "effects = jnp.asarray(0 * normal[:, :q]"),
+    # The band of a new subject takes the parameters for known.
+    ("estimation/populations/new_subject.py", "np.sqrt(np.maximum(variances, 0.0))",
+     "np.sqrt(np.maximum(0 * variances, 0.0))"),
+    # A profile of a population lets the parameter go.
+    ("estimation/populations/population_profile.py",
+     "likelihood.lower[place] = likelihood.upper[place] = values[i]", "values[i]"),
+    # What an interrupt has cut short counts as a value of the profile.
+    ("estimation/profiles.py", "inside &= fits.converged | (not budget.over)", "inside &= True"),
+    # Programs that are traced within others count twice, so that a search has too much time.
+    ("_jax/compile_time.py", "self.intervals[-1][0] >= begin", "self.intervals[-1][0] > end"),
     # Parts of the observations are solved to the end.
     ("estimation/observed/observed_system.py", "ts=jnp.minimum(self.ts, end)", "ts=self.ts"),
     # A prior does not get the data.

@@ -226,8 +226,10 @@ class PopulationLikelihood:
         much of its promised gain a step brings. A step changes no parameter by more than its unit,
         and by less after one that fails; it ends at bounds.
         """
-        best, correction, damping = self.at(theta, chunks), np.zeros(2 * theta.shape), FIRST_DAMPING
-        longest = 1.0
+        best, correction = self.trial(theta, chunks), np.zeros(2 * theta.shape)
+        if best is None:
+            return theta
+        damping, longest = FIRST_DAMPING, 1.0
         for step in range(self.budget.steps):
             mask, units = ~self.held(theta, best.scores), self.units(theta)
             inner = best.of_parameters(mask)

@@ -14,9 +14,10 @@ from jaxtyping import Array, Bool, Float, PyTree
 from jaxode._checks.arguments import check_bool
 from jaxode._checks.caller import arg, public
 from jaxode._checks.errors import SolveError
-from jaxode.estimation.observed.bounds import checked_bounds, names
+from jaxode.estimation.observed.bounds import Bounds, checked_bounds, names
 from jaxode.estimation.populations.marginal import Population
 from jaxode.estimation.populations.maximum import Maximum, PopulationLikelihood
+from jaxode.estimation.populations.new_subject import band_of_new_subject, posed_subject
 from jaxode.estimation.populations.pooled import fitted_as_one
 from jaxode.estimation.populations.population_arguments import (
     PopulationArguments,
@@ -24,6 +25,8 @@ from jaxode.estimation.populations.population_arguments import (
     posed_population,
     with_noise_of_residuals,
 )
+from jaxode.estimation.populations.population_profile import profile_of_population
+from jaxode.estimation.prediction import Band
 from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.progress_lines import as_text
 from jaxode.ode.field import VectorField
@@ -61,6 +64,11 @@ class PopulationEstimate(eqx.Module):
     converged: Bool[Array, ""]
     """Whether the search ended at its tolerance, and the observations determine all parameters."""
     _observed: int = eqx.field(static=True)
+    _population: Population
+    _theta: Float[Array, " p"]
+    """All that is estimated, in the order of `covariance`."""
+    _bounds: Bounds
+    """The bounds of the typical parameters."""
 
     def __repr__(self) -> str:
         tables = [
@@ -83,6 +91,76 @@ class PopulationEstimate(eqx.Module):
     def bic(self) -> Float[Array, ""]:
         """The Bayesian criterion, by the number of observations."""
         return 2 * self.nll + len(self.covariance) * math.log(self._observed)
+
+    @public("predict")
+    def predict(
+        self,
+        ts: Float[Array, " times"],
+        *,
+        y0: PyTree[Float[Array, "..."]] = None,
+        row_args: PyTree = None,
+        doses: Float[Array, " jumps"] | None = None,
+    ) -> Band:
+        """Predict what is observed of a new subject, without noise.
+
+        Args:
+            ts: times, `[times]`, in order, not before `t0`.
+            y0: the state of the subject at `t0`, if those of the population were arrays.
+            row_args: the subject's row, if the population has rows.
+            doses: the times of its jumps, `[jumps]`, if the population has jumps.
+
+        Returns:
+            `mean`, the mean over subjects, and `low` and `high`, between which 95% of them are.
+            These are of 2048 subjects, drawn by Sobol's sequence, the same at each call; each has
+            typical parameters and deviations as uncertain as estimated. Parameters at a bound are
+            held there, as are those that the observations do not determine.
+
+        Raises:
+            TypeError, ValueError: for an invalid argument.
+            SolveError: if a subject that is drawn cannot be solved.
+        """
+        subject = posed_subject(self._population, ts, y0, row_args, doses)
+        return band_of_new_subject(self._population, self._theta, self.covariance, subject)
+
+    @public("profile")
+    def profile(
+        self,
+        where: str | Callable[[PyTree], Array],
+        values: Float[Array, " values"],
+        *,
+        seconds: float | None = None,
+        progress: bool = False,
+    ) -> tuple[Float[Array, " values"], PyTree[Array]]:
+        """Hold a typical parameter at each of `values`, and estimate all others again.
+
+        Where the first result is below 3.84, the value is in the confidence interval of 95%. Below
+        zero, the value has led to better parameters than the estimate.
+
+        Args:
+            where: which parameter, by name, as `"k"`, or as `lambda params: params["k"][0]`.
+            values: of it, `[values]`.
+            seconds: wall-clock time, without limit by default. It does not count compilation. Those
+                nearest to the estimate come first; Ctrl-C keeps these, too.
+            progress: write lines on stderr.
+
+        Returns:
+            Twice the log-likelihood ratio of each value against the estimate, to about 0.001,
+            infinite where it was not reached or is beyond `bounds`, and the typical parameters
+            there, `[values, ...]`.
+
+        Raises:
+            TypeError, ValueError: if `where` is not one of the typical parameters.
+        """
+        flats, nlls = profile_of_population(
+            self._population,
+            np.asarray(self._theta),
+            self._bounds,
+            where,
+            values,
+            Budget(seconds, None, progress),
+        )
+        ratio = 2 * (jnp.asarray(nlls, self.nll.dtype) - self.nll)
+        return ratio, jax.vmap(self._population.unravel)(jnp.asarray(flats, self.nll.dtype))
 
 
 @public("estimate_population")
@@ -140,8 +218,8 @@ def estimate_population(
         bounds: `(low, high)` of the typical parameters, each a number or a dictionary like `start`;
             infinite where there is none. Equal ones fix a parameter. Subjects may vary beyond.
         pool: whether to fit all subjects as one first.
-        seconds: wall-clock time of the search, without limit by default. It counts everything,
-            compilation too. If it ends early, errors are those of the expected Hessian.
+        seconds: wall-clock time of the search, without limit by default. It does not count
+            compilation. If it ends early, errors are those of the expected Hessian.
         steps: of each search, 200 by default.
         progress: write lines on stderr.
         options: of `jaxode.solve`, such as `solver`, `max_steps`, and `jumps`, doses with times
@@ -180,7 +258,7 @@ def estimate_population(
         theta = likelihood.minimized(theta, chunks=1)
     theta = likelihood.minimized(theta)
     maximum = likelihood.polished(theta)
-    return _described(population, maximum, likelihood.effects, budget)
+    return _described(population, maximum, likelihood.effects, budget, vectors)
 
 
 def _begun(
@@ -209,6 +287,7 @@ def _described(
     maximum: Maximum,
     effects: Float[Array, "subjects q"],
     budget: Budget,
+    bounds: Bounds,
 ) -> PopulationEstimate:
     """The estimate at the maximum of the likelihood. Warns if something is wrong with it."""
     theta, unravel = jnp.asarray(maximum.theta), population.unravel
@@ -239,6 +318,9 @@ def _described(
         covariance=jnp.asarray(maximum.covariance),
         converged=jnp.asarray(maximum.converged and not maximum.undetermined.any()),
         _observed=int((~np.isnan(np.asarray(population.subjects.ys))).sum()),
+        _population=population,
+        _theta=theta,
+        _bounds=bounds,
     )
 
 
