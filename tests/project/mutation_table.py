@@ -117,7 +117,6 @@ FIRST = {
     "estimation/populations/population_arguments": ("tests/estimation/test_population.py",),
     "estimation/populations/new_subject": ("tests/estimation/test_population.py",),
     "estimation/populations/population_profile": ("tests/estimation/test_population.py",),
-    "estimation/profiles": ("tests/estimation/test_estimate.py",),
     "_jax/compile_time": ("tests/_jax/test_compile_time.py",),
     "estimation/prediction": (
         "tests/estimation/test_reports.py",
@@ -551,7 +550,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A second Ctrl-C does not end a search that hangs.
     ("estimation/search/budget.py", "            if self.stopped:\n                raise\n", ""),
     # Ctrl-C ends the part of the observations alone, and the search goes on.
-    ("estimation/search/budget.py", "return self.stopped or time", "return time"),
+    ("estimation/search/budget.py", "return self.stopped or self.spent", "return self.spent"),
     # The end by Ctrl-C is blamed on seconds.
     ("estimation/search/budget.py", '"Ctrl-C" if self.stopped', '"Ctrl-C" if False'),
     # A search that failed is shown as one that has converged.
