@@ -26,8 +26,9 @@ from jaxode.ode.adjoints.base import Solved, nan_unless
 from jaxode.ode.adjoints.flat import pulled_leaves, undifferentiated
 from jaxode.ode.adjoints.sweep import Sweep, rows_are_cheap
 from jaxode.ode.adjoints.vmap import is_busy
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.quadrature import Quadrature
 
 

@@ -29,9 +29,10 @@ from jaxode._jax.tangents import instantiate_zeros, undifferentiated_unless, wit
 from jaxode.ode.adjoints.base import ended
 from jaxode.ode.field import check_field
 from jaxode.ode.loop.crossing import Crossing
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.rows import replace_rows
+from jaxode.ode.loop.stepper import Stepper
 
 UP_TO_SECOND = (
     "Event: the time of an event, and what depends on it, has only first and second derivatives."

@@ -19,8 +19,8 @@ from jaxode._checks.errors import EXPLANATIONS, IMPLICIT, JACOBIAN_GIVEN, Remedi
 from jaxode._checks.rules import is_known, rules_of
 from jaxode._jax.sharding import AxisName
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint
-from jaxode.ode.loop.initial_value_problem import Stepper
 from jaxode.ode.loop.step_size import Controller
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.solvers.base import Method
 from jaxode.ode.solvers.explicit import Solver, method_of
 from jaxode.ode.solvers.rosenbrock import with_mass

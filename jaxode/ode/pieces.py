@@ -19,11 +19,12 @@ from jaxode._checks.errors import Result
 from jaxode._jax.sharding import vary_alike
 from jaxode._jax.tangents import undifferentiated_unless
 from jaxode.ode.field import check_field
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.rows import entry_of_each, reduce_rows, replace_rows
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.stepper import Stepper
 
 # (t [rows], number [rows], y [samples, n], (shared, row_args)) -> y [samples, n]
 Change = Callable[..., Float[Array, "samples n"]]

@@ -17,8 +17,8 @@ from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import fori_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.adjoints.replay import walk_back
-from jaxode.ode.loop.initial_value_problem import weighted_sum
 from jaxode.ode.loop.rows import one_row, reduce_rows
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.loop.trajectory import Step
 from jaxode.ode.solvers.base import Method
 

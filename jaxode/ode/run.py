@@ -12,9 +12,10 @@ from jaxode._jax.closure import close_field
 from jaxode._jax.sharding import axes_of, vary
 from jaxode.ode.dense import Interpolant
 from jaxode.ode.events import solve_to_event
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import beyond, padded
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.pieces import Cuts, Pieces
 from jaxode.ode.solution import Solution
 from jaxode.ode.system import Ravel, System, change_on_rows, condition_on_rows, to_problem

@@ -28,7 +28,8 @@ from jaxode._checks.times import check_breakpoint_times, check_jump_times, check
 from jaxode._jax.closure import close_field, encoded
 from jaxode._jax.sharding import vary_alike
 from jaxode.ode.field import SystemField, call_field
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.options import SolveOptions
 
 Batch = Literal["joint", "per_sample"] | None

@@ -76,7 +76,7 @@ FIRST = {
     "ode/loop/trajectory": ("tests/ode/test_discrete.py", "tests/ode/test_rows.py"),
     "ode/loop/step_tangents": ("tests/ode/test_discrete.py", "tests/ode/test_adjoints.py"),
     "ode/loop/checkpoints": ("tests/ode/test_discrete.py",),
-    "ode/loop/progress": ("tests/ode/test_failures.py",),
+    "ode/loop/acceptance": ("tests/ode/test_failures.py", "tests/ode/test_step_size.py"),
     "ode/solvers/explicit": (
         "tests/ode/test_tolerances.py",
         "tests/flows/test_flow_features.py",
@@ -707,8 +707,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "k = step.k if one_row(t) else jnp.where(accept[None, :, None], step.k, step.k[:1])",
      "k = step.k"),
     # A solve takes one step more than it has room for.
-    ("ode/loop/progress.py", "attempts >= controller.max_steps", "attempts > controller.max_steps"),
-    ("ode/loop/step_size.py", "accept = ratio <= 1.0", "accept = ratio <= 10.0"),
+    ("ode/loop/acceptance.py", "attempts >= controller.max_steps",
+     "attempts > controller.max_steps"),
+    ("ode/loop/acceptance.py", "accept = ratio <= 1.0", "accept = ratio <= 10.0"),
     # The order of a stiff solver falls where the field depends on time.
     ("ode/solvers/rosenbrock.py", "at.solve(right + d[i] * h[:, None] * at.by_time)",
      "at.solve(right)"),

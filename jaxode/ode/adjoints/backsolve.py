@@ -34,11 +34,15 @@ from jaxode.ode.adjoints.base import (
 )
 from jaxode.ode.adjoints.flat import pulled_back, solution, undifferentiated
 from jaxode.ode.adjoints.vmap import vmappable
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope, Stepper, weighted_sum
+from jaxode.ode.loop.acceptance import accept_or_reject
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import padded
-from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
+from jaxode.ode.loop.progress import Progress
 from jaxode.ode.loop.rows import one_row, reduce_rows
+from jaxode.ode.loop.stages import weighted_sum
+from jaxode.ode.loop.step_end import next_step_end
+from jaxode.ode.loop.stepper import Stepper
 
 # (t [rows], state [samples, m], weight [rows]) -> (derivative [samples, m], weighted integrand)
 AdjointField = Callable[..., tuple[Float[Array, "samples m"], PyTree]]

@@ -11,11 +11,12 @@ from jaxode._checks.errors import Result
 from jaxode._jax.closure import ClosedField
 from jaxode.ode.adjoints.flat import solution, undifferentiated
 from jaxode.ode.adjoints.vmap import Reverse, vmappable
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Slope
 from jaxode.ode.loop.integrate import Integration, integrate
 from jaxode.ode.loop.outputs import beyond
 from jaxode.ode.loop.rows import of_group, one_row, reduce_rows, replace_rows
 from jaxode.ode.loop.step_tangents import step_tangents
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.trajectory import Trajectory
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Array
 
 from jaxode._jax.modes import WithSweep, differentiable, sweep_of, with_sweep
 from jaxode.ode.adjoints.vmap import Reverse
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.stepper import Stepper
 
 Flags = tuple[bool, ...]
 

@@ -6,8 +6,9 @@ from typing import ClassVar
 from jaxode._jax.primitives import nondifferentiable_backward
 from jaxode.ode.adjoints.base import Adjoint
 from jaxode.ode.adjoints.vmap import vmappable
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.stepper import Stepper
 
 FORWARD_ONLY = (
     "ForwardMode: a solve with this adjoint has forward-mode derivatives only (jax.jvp, "

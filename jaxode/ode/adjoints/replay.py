@@ -10,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.sharding import while_loop
 from jaxode.ode.adjoints.base import Solved
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, weighted_sum
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration
 from jaxode.ode.loop.outputs import save_times_at
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.loop.trajectory import Step
 
 T = TypeVar("T")

@@ -17,8 +17,9 @@ from jaxode._jax.closure import ClosedField, close_field
 from jaxode._jax.platform import is_for_cpu
 from jaxode._jax.primitives import unvmap_any
 from jaxode._jax.vmap_rule import Rule, one_by_one, plain, with_vmap_rule
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.integrate import Integration, integrate
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.trajectory import Trajectory
 
 Solver = Callable[[InitialValueProblem, Stepper], Integration]

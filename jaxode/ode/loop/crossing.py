@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxode._checks.errors import Result
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.progress import Progress
 from jaxode.ode.loop.rows import entry_of_each
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.trajectory import Curve, Step
 
 # A condition as a function of the part of a step.

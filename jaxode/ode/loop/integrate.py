@@ -14,12 +14,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._checks.errors import Result
 from jaxode._checks.rules import all_hold
 from jaxode._jax.sharding import while_loop
+from jaxode.ode.loop.acceptance import accept_or_reject
 from jaxode.ode.loop.crossing import CrossingSearch, watch
-from jaxode.ode.loop.initial_value_problem import InitialValueProblem, Stepper, weighted_sum
+from jaxode.ode.loop.initial_value_problem import InitialValueProblem
 from jaxode.ode.loop.outputs import beyond, save
-from jaxode.ode.loop.progress import Progress, accept_or_reject, next_step_end
+from jaxode.ode.loop.progress import Progress
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.loop.stats import Stats
+from jaxode.ode.loop.step_end import next_step_end
 from jaxode.ode.loop.step_tangents import with_end_tangents
+from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.trajectory import Curve, Step, Trajectory
 
 

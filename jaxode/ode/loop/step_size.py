@@ -1,4 +1,4 @@
-"""Step-size control: error norm, first step, accept and propose.
+"""Step-size control: the error of a step, the first step size, and the next one.
 
 Times and step sizes are `[rows]`, states are `[samples, n]`, and each row has its own step.
 
@@ -57,8 +57,7 @@ class Controller(eqx.Module):
     def error_ratio(
         self, error: Float[Array, "samples n"], y0, y1, h: Float[Array, " rows"]
     ) -> Float[Array, " rows"]:
-        """RMS of `error / (atol + rtol max(|y0|, |y1|))`. A step is good enough if it is at most
-        one.
+        """RMS of `error / (atol + rtol max(|y0|, |y1|))`: one is the largest that is accepted.
 
         NaN, on all devices, if `y1` is not finite: an infinite scale would hide the error.
         """
@@ -122,19 +121,18 @@ def _relative(x: Float[Array, "samples n"], scale: Float[Array, "samples n"], of
     return jnp.where(jnp.isfinite(x), jnp.clip(ratio, -limit, limit), ratio)
 
 
-def propose(
-    ratio: Float[Array, " rows"], order: int, guessed: Bool[Array, " rows"]
-) -> tuple[Bool[Array, " rows"], Float[Array, " rows"]]:
-    """Whether to accept a step with this error ratio, and the factor for the next step size.
+def step_factor(
+    ratio: Float[Array, " rows"], order: int, rejected_guess: Bool[Array, " rows"]
+) -> Float[Array, " rows"]:
+    """The factor from a step size to the next, by the error ratio of the step.
 
-    The first step is `guessed`, from two slopes or by the user. If it is rejected, nothing is known
+    The first step is a guess, from two slopes or by the user. If it is rejected, nothing is known
     about the high derivatives inside it, so it shrinks by more, as for a lower order.
     """
-    accept = ratio <= 1.0
-    power = jnp.where(guessed & ~accept, -1.0 / min(order, 5), -1.0 / order).astype(ratio.dtype)
-    # `tiny` keeps the factor of a zero error finite. A NaN ratio rejects with the smallest factor.
+    power = jnp.where(rejected_guess, -1.0 / min(order, 5), -1.0 / order).astype(ratio.dtype)
+    # `tiny` keeps the factor of a zero error finite. A NaN ratio gets the smallest factor.
     factor = SAFETY * jnp.maximum(ratio, jnp.finfo(ratio.dtype).tiny) ** power
-    return accept, jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), MIN_FACTOR, MAX_FACTOR)
+    return jnp.clip(jnp.where(jnp.isnan(ratio), MIN_FACTOR, factor), MIN_FACTOR, MAX_FACTOR)
 
 
 def _first_step_of_slopes(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxode.ode.loop.checkpoints import Checkpoints
-from jaxode.ode.loop.initial_value_problem import weighted_sum
 from jaxode.ode.loop.rows import one_row
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.solvers.base import Method
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxode._checks.errors import Result
 from jaxode._jax.pullback import vjp
-from jaxode.ode.loop.initial_value_problem import weighted_sum
+from jaxode.ode.loop.stages import weighted_sum
 
 # The vector field on rows: (t [rows], y [samples, n]) -> dy/dt [samples, n].
 Field = Callable[[Float[Array, " rows"], Float[Array, "samples n"]], Float[Array, "samples n"]]

@@ -23,8 +23,8 @@ from jaxode._checks.caller import arg, public
 from jaxode._jax.precision import concrete_double_precision
 from jaxode._jax.pullback import pulled_back, vjp
 from jaxode._jax.sharding import fori_loop
-from jaxode.ode.loop.initial_value_problem import weighted_sum
 from jaxode.ode.loop.rows import reduce_rows
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.solvers.base import Field, Method
 
 MOST_DEGREE = 9  # of a dense output

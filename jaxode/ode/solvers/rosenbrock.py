@@ -33,8 +33,8 @@ from jaxode._checks.errors import Result
 from jaxode._jax.pullback import pulled_back
 from jaxode._jax.sharding import axes_of, fori_loop, vary
 from jaxode._jax.tangents import along
-from jaxode.ode.loop.initial_value_problem import weighted_sum
 from jaxode.ode.loop.rows import reduce_rows
+from jaxode.ode.loop.stages import weighted_sum
 from jaxode.ode.solvers.base import Field
 from jaxode.ode.solvers.explicit import RungeKutta, Solver
 from jaxode.ode.solvers.linear import Factors, factorize, solve_factorized
