@@ -174,13 +174,13 @@ def _solve(perturbed: Inputs, inputs: Inputs, settings: Settings) -> tuple[Solve
     recorded = settings.adjoint.record(problem, settings.stepper)
     unused = unused_rows(recorded[0].result, inputs.weights)
     perturbed_integrands = (perturbed.integrands, perturbed.integrand_args)
-    solved = Solved.of(
+    solved = Solved.make(
         problem, perturbed.problem, settings.stepper, recorded, unused, integrands,
         perturbed_integrands,
     )  # fmt: skip
 
     def apply(params, t, y):
-        _, (shared, row_args), integrands, integrand_args = solved.parts(params)
+        _, (shared, row_args), integrands, integrand_args = solved.field_and_args(params)
         return integrands(*solved.finite(t, y), (shared, (integrand_args, row_args)))
 
     of_payoff = -jnp.ones(1, problem.y0.dtype)

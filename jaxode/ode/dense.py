@@ -21,7 +21,7 @@ class Interpolant(eqx.Module):
 
     trajectory: Trajectory
     """Pieces of the solve, stacked along the leading axes."""
-    ends: Float[Array, "pieces rows"]
+    piece_ends: Float[Array, "pieces rows"]
     """The end time of each piece."""
     t0: Float[Array, " rows"]
     t1: Float[Array, " rows"]
@@ -49,8 +49,8 @@ class Interpolant(eqx.Module):
         t, several = self._on_rows(t)
         low, high = jnp.minimum(self.t0, self.t1), jnp.maximum(self.t0, self.t1)
         inside = (low[None] <= t) & (t <= high[None])
-        known = is_known((t, self.t0, self.t1, self.ok)) and np.all(self.ok)
-        if not self.per_sample and known and not np.all(inside):
+        is_concrete = is_known((t, self.t0, self.t1, self.ok)) and np.all(self.ok)
+        if not self.per_sample and is_concrete and not np.all(inside):
             raise ValueError(
                 f"{arg('t')} must lie between t0={float(self.t0[0])!r} and "
                 f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "
@@ -99,17 +99,20 @@ class Interpolant(eqx.Module):
         assert y is not None
         pieces, length = y.shape[:2]
         number = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-        ends, last, along = jax.lax.stop_gradient((steps.times[:, 1:], self.ends, t))
+        step_ends, piece_ends, time = jax.lax.stop_gradient(
+            (steps.times[:, 1:], self.piece_ends, t)
+        )
         # The index of the step: how many steps end before the time.
         sign = jax.lax.stop_gradient(jnp.sign(self.t1 - self.t0))[None]
-        last = jnp.concatenate([sign * last[:-1], jnp.full_like(last[:1], jnp.inf)])[:, None]
+        piece_ends = [sign * piece_ends[:-1], jnp.full_like(piece_ends[:1], jnp.inf)]
+        piece_ends = jnp.concatenate(piece_ends)[:, None]
         taken = number < steps.count.reshape(pieces, 1, -1) - 1
-        ends = jnp.where(taken, sign[None] * ends, last)
-        ends = ends.reshape(pieces * length, -1)
-        index = jax.vmap(jnp.searchsorted)(ends.T, sign[0] * along)
+        step_ends = jnp.where(taken, sign[None] * step_ends, piece_ends)
+        step_ends = step_ends.reshape(pieces * length, -1)
+        index = jax.vmap(jnp.searchsorted)(step_ends.T, sign[0] * time)
         *of_steps, k = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), (steps.times[:, :-1], steps.times[:, 1:], y, k)
         )
         start, end, y = (entry_of_each(x, index) for x in of_steps)
         k = jax.vmap(entry_of_each, (1, None))(k, index)
-        return Curve.of(self.method, Step(start, end - start, y, k)).at(t)
+        return Curve.of_step(self.method, Step(start, end - start, y, k)).at(t)

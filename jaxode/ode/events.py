@@ -127,12 +127,14 @@ def _at_zero(end, *inputs):
             y = y + after * field(t, y)
             return y, condition(time, y, field.args)
 
-        given, their_dots = (condition, field, y), (*dots[:2], y_dot)
-        (near, value), dots = eqx.filter_jvp(at_fixed_time, given, their_dots)
-        y_dot, value_dot = map(instantiate_zeros, dots, (near, value))
-        slope = field(time, near)
+        point, point_dots = (condition, field, y), (*dots[:2], y_dot)
+        (fixed_state, value), dots = eqx.filter_jvp(at_fixed_time, point, point_dots)
+        y_dot, value_dot = map(instantiate_zeros, dots, (fixed_state, value))
+        slope = field(time, fixed_state)
         _, rate = jax.jvp(
-            lambda t, y: condition(t, y, field.args), (time, near), (jnp.ones_like(time), slope)
+            lambda t, y: condition(t, y, field.args),
+            (time, fixed_state),
+            (jnp.ones_like(time), slope),
         )
         rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
         # Without a slope, the time is unknown also where the condition does not depend on the

@@ -72,14 +72,14 @@ class Completed(Field):
         return self.f(t, y, *args)
 
     def value_and_divergence(self, t, y, *args):
-        own = getattr(self.f, "value_and_divergence", None)
-        return super().value_and_divergence(t, y, args) if own is None else own(t, y, *args)
+        method = getattr(self.f, "value_and_divergence", None)
+        return super().value_and_divergence(t, y, args) if method is None else method(t, y, *args)
 
     def is_centered(self, *args):
-        own = getattr(self.f, "is_centered", None)
-        if own is None:
+        method = getattr(self.f, "is_centered", None)
+        if method is None:
             return super().is_centered(args)
-        return bool(own(*args) if callable(own) else own)  # a network has a property
+        return bool(method(*args) if callable(method) else method)  # a network has a property
 
     def check_span(self, t0, t1):
         return getattr(self.f, "check_span", super().check_span)(t0, t1)
@@ -103,7 +103,7 @@ class SystemField(eqx.Module):
     """A sentence for a derivative of the wrong shape in a batch."""
 
     @classmethod
-    def of(cls, field: Callable[..., PyTree]) -> "SystemField":
+    def of_function(cls, field: Callable[..., PyTree]) -> "SystemField":
         return field if isinstance(field, cls) else cls(field)
 
     def __call__(self, t, y, shared, row):

@@ -19,16 +19,16 @@ def check_knots(name: str, tree: PyTree, span: tuple[Any, Any]) -> None:
         knots = getattr(path, "ts", None)
         if knots is None or not is_known((knots, span)):
             continue
-        first, last = np.asarray(knots)[..., 0], np.asarray(knots)[..., -1]
+        first_knot, last_knot = np.asarray(knots)[..., 0], np.asarray(knots)[..., -1]
         low, high = np.minimum(*span), np.maximum(*span)
-        near = 1e-5 * (last - first)
-        wrong = (low < first - near) | (high > last + near)
+        margin = 1e-5 * (last_knot - first_knot)
+        wrong = (low < first_knot - margin) | (high > last_knot + margin)
         if wrong.any():
             of_rows = f", in {in_rows(wrong)}" if wrong.ndim else ""
             raise ValueError(
                 f"{arg(name)} an interpolation must cover the span of the solve, from "
-                f"{low.min():g} to {high.max():g}; got knots from {first.max():g} to "
-                f"{last.min():g}{of_rows}. Beyond them it would extrapolate: add knots, or "
+                f"{low.min():g} to {high.max():g}; got knots from {first_knot.max():g} to "
+                f"{last_knot.min():g}{of_rows}. Beyond them it would extrapolate: add knots, or "
                 "repeat its last value at a later time."
             )
 

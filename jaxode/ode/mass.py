@@ -52,13 +52,13 @@ def check_mass(mass: Any, options: Any, y0: PyTree, batch: Any, **others: Any) -
 def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: Any, batch) -> None:
     """Raise if the algebraic equations are known not to hold at the start, or not to determine the
     algebraic unknowns."""
-    left, right = _null_spaces(np.array(options.mass))
-    if not left.size or not is_eager((y0, t0, args, row_args, options.rtol, options.atol)):
+    left_null, right_null = _null_spaces(np.array(options.mass))
+    if not left_null.size or not is_eager((y0, t0, args, row_args, options.rtol, options.atol)):
         return
 
     def at(t, y, row):
         flat, unravel = ravel_pytree(y)
-        sums = jnp.asarray(left, flat.dtype)
+        sums = jnp.asarray(left_null, flat.dtype)
 
         def residual(v):
             return sums @ ravel_pytree(call_field(f, t, unravel(v), args, row=row))[0]
@@ -74,7 +74,7 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
     if not is_known(masses):  # `f` closes over what is traced
         return
     g, jacobian, y = (np.asarray(leaf, float) for leaf in masses)
-    block, rows, columns = _equilibrated(jacobian @ right)
+    block, rows, columns = _equilibrated(jacobian @ right_null)
     spread = np.linalg.svd(block, compute_uv=False)
     degenerate = ~(spread[:, -1] > ZERO_SINGULAR_VALUE * spread[:, 0])
     if degenerate.any():
@@ -84,7 +84,9 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
             "for a pendulum, until it contains them."
         )
     # By Newton's step, in units of the state.
-    inverse = right @ (np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2))
+    inverse = right_null @ (
+        np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2)
+    )
     off = np.abs(_products(inverse, g))
     # The terms that the equations sum up, whose rounding moves the root.
     terms = _products(np.abs(inverse), _products(np.abs(jacobian), np.abs(y)))
@@ -117,9 +119,9 @@ def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Equations and states may have any units: a small diagonal entry is no algebraic equation.
     """
     scaled, rows, columns = _equilibrated(matrix)
-    left, values, right = np.linalg.svd(scaled)
+    u, values, vt = np.linalg.svd(scaled)
     null = values <= ZERO_SINGULAR_VALUE * max(values[0], 1e-300)
-    return left[:, null].T / rows[:, 0], right[null].T / columns[0][:, None]
+    return u[:, null].T / rows[:, 0], vt[null].T / columns[0][:, None]
 
 
 def _equilibrated(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

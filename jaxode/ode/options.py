@@ -48,24 +48,24 @@ class SolveOptions(eqx.Module):
     """An option of `solve` alone, which checks it."""
 
     @classmethod
-    def make(cls, **given: Any) -> "SolveOptions":
+    def make(cls, **keywords: Any) -> "SolveOptions":
         """Make the options from the keywords that a user passed.
 
         Raises:
             TypeError, ValueError: for an unknown option, and for an invalid value that is known at
                 trace time.
         """
-        known = sorted({field.name for field in dataclasses.fields(cls)} - {"mass"})
-        unknown = sorted(set(given) - set(known))
+        names = sorted({field.name for field in dataclasses.fields(cls)} - {"mass"})
+        unknown = sorted(set(keywords) - set(names))
         if unknown:
             raise TypeError(
-                f"{caller()}: unknown options {unknown}. The solve options are {known}."
+                f"{caller()}: unknown options {unknown}. The solve options are {names}."
             )
-        if given.get("steps") is not None:
-            given["steps"] = integer("steps", given["steps"])
-        if "max_steps" in given:
-            given["max_steps"] = min(integer("max_steps", given["max_steps"]), NO_LIMIT)
-        options = cls(**given)
+        if keywords.get("steps") is not None:
+            keywords["steps"] = integer("steps", keywords["steps"])
+        if "max_steps" in keywords:
+            keywords["max_steps"] = min(integer("max_steps", keywords["max_steps"]), NO_LIMIT)
+        options = cls(**keywords)
         options._check()
         return options
 
@@ -156,8 +156,10 @@ class SolveOptions(eqx.Module):
             if lost.any():
                 least = self.atol if of_all else np.min(atol, where=lost, initial=np.inf)
                 both = f"rtol={float(self.rtol):g}, atol={float(least):g}"
-                of = "in which the state is solved" if coarsest == dtype else "a dtype of the state"
-                lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {of}"
+                role = "a dtype of the state"
+                if coarsest == dtype:
+                    role = "in which the state is solved"
+                lost = "" if both == "rtol=0, atol=0" else f" in {coarsest}, {role}"
                 raise ValueError(
                     f"{caller()}({both}): at least one tolerance must be positive{lost}."
                 )

@@ -84,7 +84,7 @@ class Cuts(NamedTuple):
     """Whether it is no padding."""
 
     @classmethod
-    def of(cls, problem: InitialValueProblem, times=None, breakpoints=None) -> "Cuts":
+    def of_problem(cls, problem: InitialValueProblem, times=None, breakpoints=None) -> "Cuts":
         """Cut at the `times` of jumps, and at the breakpoints between the ends of each row."""
         start, end = problem.t0[None], problem.t1[None]
         times = start[:0] if times is None else times
@@ -96,7 +96,7 @@ class Cuts(NamedTuple):
         inside = (sign * (fixed - start) > 0) & (sign * (end - fixed) > 0)
         none = jnp.zeros(inside.shape, jnp.int32)
         points = cls(jnp.where(inside, breakpoints, start), none, none > 0, inside)
-        cuts = jax.tree.map(lambda *each: jnp.concatenate(each), jumps, points)
+        cuts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), jumps, points)
         # Times that a program holds as constants would be sorted by XLA's evaluator, for seconds.
         order = jax.lax.optimization_barrier(sign * jax.lax.stop_gradient(cuts.times))
         order = jnp.argsort(order, axis=0)
@@ -105,8 +105,8 @@ class Cuts(NamedTuple):
     def then(self, end: Float[Array, " rows"]) -> "Cuts":
         """Append the end of the solve as the last cut."""
         none = jnp.zeros((1, *end.shape), bool)
-        last = Cuts(end[None], none.astype(jnp.int32), none, ~none)
-        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, last)
+        end_cut = Cuts(end[None], none.astype(jnp.int32), none, ~none)
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self, end_cut)
 
 
 class Pieces(NamedTuple):
@@ -137,7 +137,7 @@ class Pieces(NamedTuple):
         # takes as long, or longer, and ten times the memory.
         piece = jax.checkpoint(self._replace(problem=problem, cuts=cuts)._piece, prevent_cse=False)
         start = vary_alike((_Carry.start(problem, valid), numbers))
-        end, (trajectory, ends, ended) = jax.lax.scan(piece, *start)
+        end, (trajectory, piece_ends, ended) = jax.lax.scan(piece, *start)
         ys = end.ys
         if ys is not None:  # failed rows have the NaN of the end, whose outputs have no derivatives
             ys = jnp.where((end.result == Result.SUCCESS)[None, :, None], ys, end.y[None])
@@ -145,11 +145,11 @@ class Pieces(NamedTuple):
             ended, problem = ended.any(axis=0), problem._replace(t1=end.t)
         reached = jax.lax.stop_gradient(end.reached)
         out = Integration(end.y, ys, end.stats, end.result, reached, end.h, trajectory, ended)
-        return problem, out, ends
+        return problem, out, piece_ends
 
     def _piece(self, carry: "_Carry", index: Int[Array, ""]):
-        last, args = len(self.cuts.times) - 1, self.problem.args
-        place = jnp.minimum(index - carry.events, last)
+        last_cut, args = len(self.cuts.times) - 1, self.problem.args
+        place = jnp.minimum(index - carry.events, last_cut)
         cut = jax.tree.map(lambda x: entry_of_each(x, place), self.cuts)
         part, inside, result = self._next(carry, cut, index)
         part, out = self.solve(part)
@@ -171,22 +171,22 @@ class Pieces(NamedTuple):
         h = jax.lax.stop_gradient(out.h)
         h = jnp.where(cut.counted & (h != 0), h, carry.h)
 
-        def add(all, more):
-            return jnp.where(solved & cut.counted, all + more, all)
+        def add(total, increment):
+            return jnp.where(solved & cut.counted, total + increment, total)
 
-        kept = _Carry(
+        new_carry = _Carry(
             t=jnp.where(rests, carry.t, part.t1),
             y=jnp.where(rests[:, None], carry.y, y),
             ys=ys,
             result=result,
             reached=jnp.where(solved, out.t_reached, carry.reached),
             stats=jax.tree.map(add, carry.stats, out.stats),
-            going=again | (at_cut & (place < last)),
+            going=again | (at_cut & (place < last_cut)),
             events=carry.events + again.astype(jnp.int32),
             h=jnp.where(at_cut & ~cut.jumps, h, jnp.nan),
         )
         ended = None if out.stopped is None else stopped & ~again
-        return kept, (out.trajectory, part.t1, ended)
+        return new_carry, (out.trajectory, part.t1, ended)
 
     def _next(self, carry: "_Carry", cut: Cuts, index: Int[Array, ""]):
         """The piece up to a cut, which outputs lie inside, and the result so far."""
@@ -245,14 +245,14 @@ def _changed(change: Change, where: Bool[Array, " rows"], t, number, y, args):
     shared, row_args = args
 
     def in_rows(chosen):
-        *own, of_rows = replace_rows((t, number, y, row_args), ~chosen, chosen)
-        return *own, (shared, of_rows)
+        *point, of_rows = replace_rows((t, number, y, row_args), ~chosen, chosen)
+        return *point, (shared, of_rows)
 
     after = jax.lax.stop_gradient(change(*in_rows(where)))
     good = where & reduce_rows(jnp.all, jnp.isfinite(after), where)
     # If no row changes, there is none at which the change is finite.
-    change, given = undifferentiated_unless(good.any(), (change, in_rows(good)))
-    changed = jnp.where(good[:, None], change(*given), y)
+    change, arguments = undifferentiated_unless(good.any(), (change, in_rows(good)))
+    changed = jnp.where(good[:, None], change(*arguments), y)
     # Added to the state, so that a failure on which nothing depends has no gradient.
     return changed + jnp.where((where & ~good)[:, None], jnp.nan, 0.0)
 
@@ -263,10 +263,10 @@ def _without_padding(times: Float[Array, "jumps rows"], start: Float[Array, " ro
     Without a jump, the number is 0 and the time is that of the start.
     """
     is_jump = ~jnp.isposinf(times)
-    last = jax.lax.cummax(jnp.where(is_jump, _indices(times), -1), axis=0)
-    number = jnp.maximum(last, 0)
+    jump_index = jax.lax.cummax(jnp.where(is_jump, _indices(times), -1), axis=0)
+    number = jnp.maximum(jump_index, 0)
     latest = jnp.take_along_axis(times, number, axis=0)
-    return is_jump, number, jnp.where(last < 0, start[None], latest)
+    return is_jump, number, jnp.where(jump_index < 0, start[None], latest)
 
 
 def _after(problem: InitialValueProblem, start, index) -> Bool[Array, "times rows"]:

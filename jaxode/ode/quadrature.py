@@ -148,11 +148,11 @@ class Quadrature(NamedTuple):
             return self._add(step, after, index, speeds, carry)
 
         carry = (bar, params_bar, integrals, by_times)
-        first, last = self.numbers(number)
+        start, stop = self.numbers(number)
         if self.together:
             # The start is a step of size zero: nodes inside it have no weight.
-            carry, first = add(jnp.arange(self.inner), carry), self.inner
-        bar, params_bar, integrals, by_times = fori_loop(first, last, add, carry)
+            carry, start = add(jnp.arange(self.inner), carry), self.inner
+        bar, params_bar, integrals, by_times = fori_loop(start, stop, add, carry)
         return bar, params_bar, (integrals, by_times, step.h)
 
     def _values_bar(self, scale, bar: Step, index) -> Float[Array, "batch values"]:

@@ -54,7 +54,7 @@ class Equilibrated(NamedTuple):
     columns: Float[Array, "1 n"]
 
     @classmethod
-    def of(cls, matrix: Float[Array, "n n"]) -> "Equilibrated":
+    def of_matrix(cls, matrix: Float[Array, "n n"]) -> "Equilibrated":
         rows = _largest(matrix, 1)
         columns = _largest(matrix / rows, 0)
         return cls(matrix / rows / columns, rows, columns)
@@ -95,7 +95,7 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
 
     def step(carry, h):
         y, peak = carry
-        moved = Equilibrated.of(jnp.eye(len(y), dtype=y.dtype) / h - jax.jacfwd(rates)(y))
+        moved = Equilibrated.of_matrix(jnp.eye(len(y), dtype=y.dtype) / h - jax.jacfwd(rates)(y))
         # A matrix that is nearly singular would move it further. The end of a long chain that was
         # empty is next to nothing at first, and may go anywhere.
         some = peak > jnp.finfo(y.dtype).eps ** 2 * jnp.max(peak, initial=0.0)
@@ -119,15 +119,15 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
 
 
 def find_root(
-    rates: Rates, near: Float[Array, " n"], size: Float[Array, " n"], rtol: Any, atol: Any
+    rates: Rates, y_start: Float[Array, " n"], size: Float[Array, " n"], rtol: Any, atol: Any
 ) -> Root:
     """Newton's method, which has no derivatives."""
-    info = jnp.finfo(near.dtype)
+    info = jnp.finfo(y_start.dtype)
 
     def step(carry):
         y, _, before, count, _, _ = carry
         jacobian = jax.jacfwd(rates)(y)
-        inverse = Equilibrated.of(jacobian).inverse()
+        inverse = Equilibrated.of_matrix(jacobian).inverse()
         move = product(inverse, rates(y))
         finite = jnp.isfinite(move).all()
         y = jnp.where(finite, y - move, y)
@@ -135,7 +135,7 @@ def find_root(
         rounding = jnp.minimum(RATE_ROUNDING * info.eps * gross, MOST_ROUNDING * size)
         # At a multiple root, moves shrink by the same factor for ever, down to any noise.
         creeps = (CREEPS[0] * before < jnp.abs(move)) & (jnp.abs(move) < CREEPS[1] * before)
-        least = jnp.where(creeps, 0.0, rtol * NOISE[near.dtype] * size)
+        least = jnp.where(creeps, 0.0, rtol * NOISE[y_start.dtype] * size)
         close = jnp.all(jnp.abs(move) <= atol + rtol * jnp.abs(y) + least + rounding)
         return y, jacobian, jnp.abs(move), count + 1, close, ~finite
 
@@ -144,9 +144,10 @@ def find_root(
         return ~close & ~lost & (count < NEWTON_STEPS)
 
     no = jnp.zeros((), bool)
-    start = near, jnp.zeros((len(near), len(near)), near.dtype), 0 * near, jnp.int32(0), no, no
+    n, dtype = len(y_start), y_start.dtype
+    start = y_start, jnp.zeros((n, n), dtype), 0 * y_start, jnp.int32(0), no, no
     y, jacobian, _, _, close, _ = jax.lax.while_loop(goes_on, step, start)
-    return Root(y, jacobian, close, Equilibrated.of(jacobian).singular)
+    return Root(y, jacobian, close, Equilibrated.of_matrix(jacobian).singular)
 
 
 def implicit(
@@ -161,7 +162,7 @@ def implicit(
     def solve(linear, b):
         jacobian = jax.jacfwd(linear)(jnp.zeros_like(b))
         unit = jnp.eye(len(b), dtype=b.dtype)
-        return Equilibrated.of(jnp.where(ok, jacobian, unit)).solve(b)
+        return Equilibrated.of_matrix(jnp.where(ok, jacobian, unit)).solve(b)
 
     used = undifferentiated_unless(ok, inputs)
     root = jax.lax.custom_root(lambda y: rates(y, used), at, lambda _, at: at, solve)
@@ -188,7 +189,7 @@ def is_stable(jacobian: Float[Array, "n n"]) -> Bool[Array, ""]:
         return jnp.sum(jnp.abs(x), axis=0).max() * jnp.sum(jnp.abs(x), axis=1).max()
 
     def step(_, x):
-        inverse = Equilibrated.of(x).inverse()
+        inverse = Equilibrated.of_matrix(x).inverse()
         scale = norms(inverse) ** 0.25 / norms(x) ** 0.25
         return (scale * x + inverse / scale) / 2
 

@@ -23,16 +23,16 @@ from jaxode.ode.system import Ravel, System, change_on_rows, condition_on_rows, 
 
 def run(system: System) -> Solution:
     """Pose the problem and integrate it."""
-    given, stepper, ravel = to_problem(system)
-    problem, out, ends = _integrate(system, given, stepper, ravel)
+    problem, stepper, ravel = to_problem(system)
+    problem_to_end, out, piece_ends = _integrate(system, problem, stepper, ravel)
     interpolant = None
     if out.trajectory is not None:
         interpolant = Interpolant(
             trajectory=out.trajectory,
-            ends=ends,
+            piece_ends=piece_ends,
             method=stepper.method,
-            t0=problem.t0,
-            t1=problem.t1,
+            t0=problem_to_end.t0,
+            t1=problem_to_end.t1,
             ok=out.result == Result.SUCCESS,
             y1=out.y1,
             ravel=ravel,
@@ -40,9 +40,9 @@ def run(system: System) -> Solution:
         )
     ys = None
     if out.ys is not None:
-        ys = padded(problem, out.ys)
+        ys = padded(problem_to_end, out.ys)
         if out.stopped is not None:  # beyond the event, they are its state
-            after = out.stopped[None] & beyond(given, problem.t1)
+            after = out.stopped[None] & beyond(problem, problem_to_end.t1)
             ys = jnp.where(after[..., None], out.y1[None], ys)
         ys = jax.vmap(ravel.back)(ys)
     y1 = ravel.back(out.y1)
@@ -50,7 +50,7 @@ def run(system: System) -> Solution:
         y1, ys = jax.tree.map(lambda x: x[0], y1), jax.tree.map(lambda x: x[:, 0], ys)
     elif system.rows_have_outputs:
         ys = jax.tree.map(lambda x: x.swapaxes(0, 1), ys)
-    of_rows = (out.stats, out.result, out.t_reached, problem.t1, out.stopped)
+    of_rows = (out.stats, out.result, out.t_reached, problem_to_end.t1, out.stopped)
     if system.batch != "per_sample":
         of_rows = jax.tree.map(lambda x: x[0], of_rows)
     stats, result, t_reached, t1, came = of_rows
@@ -62,11 +62,11 @@ def _integrate(system: System, problem: InitialValueProblem, stepper: Stepper, r
     args = eqx.combine(problem.args, (system.shared, system.row_args))
     event, jumps = system.event, system.jumps
 
-    def closed_change(of):
+    def closed_change(name):
         number = jnp.zeros(problem.t0.shape, jnp.int32)
-        given = problem.t0, number, problem.y0, args, None if jumps is None else jumps.times
-        *given, _ = vary(given, axes_of(given))
-        return close_field(stepper.precision, change_on_rows(system, ravel, of), *given)[0]
+        arguments = problem.t0, number, problem.y0, args, None if jumps is None else jumps.times
+        *arguments, _ = vary(arguments, axes_of(arguments))
+        return close_field(stepper.precision, change_on_rows(system, ravel, name), *arguments)[0]
 
     def solve_piece(problem: InitialValueProblem) -> tuple[InitialValueProblem, Integration]:
         return problem, system.adjoint.integrate(problem, stepper)
@@ -86,6 +86,6 @@ def _integrate(system: System, problem: InitialValueProblem, stepper: Stepper, r
         return problem, out._replace(trajectory=trajectory), problem.t1[None]
     at_jump = None if jumps is None else closed_change("jumps")
     at_event = closed_change("event") if most else None
-    cuts_of_rows = Cuts.of(problem, **cuts)
+    cuts_of_rows = Cuts.of_problem(problem, **cuts)
     pieces = Pieces(solve_piece, problem, stepper, cuts_of_rows, at_jump, at_event, most)
     return pieces.run(all_hold(problem, stepper.controller, **cuts))

@@ -130,8 +130,10 @@ def steady_state(
         batch="per_sample", solver=Rodas5P(), rtol=SETTLING_RTOL, atol=NOISE[flats.dtype],
         max_steps=max_steps, throw=False,
     )  # fmt: skip
-    found = _fixed((settled.y1 * sizes, settled.result))
-    y, result, jacobian = _improved(field, (t1, rtol, atol), flats, found, sizes, args, row_args)
+    settled_states = _fixed((settled.y1 * sizes, settled.result))
+    y, result, jacobian = _improved(
+        field, (t1, rtol, atol), flats, settled_states, sizes, args, row_args
+    )
     t_reached = settled.t_reached
     if batch is None:
         y, result, jacobian, t_reached = jax.tree.map(
@@ -157,7 +159,7 @@ class _Row(eqx.Module):
     def unravel(self, flat: Float[Array, " n"]) -> PyTree[Array]:
         wide = jax.tree.map(lambda leaf: leaf.astype(flat.dtype), self.template)
         y = ravel_pytree(wide)[1](flat)
-        return jax.tree.map(lambda leaf, of: leaf.astype(of.dtype), y, self.template)
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), y, self.template)
 
     def __call__(self, t, flat: Float[Array, " n"], args: PyTree, row: PyTree):
         y = self.unravel(flat)
@@ -185,8 +187,8 @@ def _like(ok: Array, nan: Any, leaf: Array) -> tuple[Array, Array]:
 
 @compiled
 def _stable(jacobian: Float[Array, "*rows n n"]) -> Bool[Array, "*rows"]:
-    each = jacobian.reshape(-1, *jacobian.shape[-2:])
-    return jax.vmap(is_stable)(each).reshape(jacobian.shape[:-2])
+    matrices = jacobian.reshape(-1, *jacobian.shape[-2:])
+    return jax.vmap(is_stable)(matrices).reshape(jacobian.shape[:-2])
 
 
 @compiled
@@ -201,38 +203,38 @@ def _sizes(field: _Row, t1, flats: Float[Array, "rows n"], args, row_args):
 
 
 @compiled
-def _improved(field: _Row, limits, flats, found, sizes, args, row_args):
-    """The steady states near what was found, their results and Jacobians."""
+def _improved(field: _Row, limits, flats, settled_states, sizes, args, row_args):
+    """Improve the settled states by Newton's method. Returns states, results and Jacobians."""
     of_row = functools.partial(_improved_row, field, limits, args)
-    return jax.vmap(of_row)(flats, found, sizes, row_args)
+    return jax.vmap(of_row)(flats, settled_states, sizes, row_args)
 
 
-def _improved_row(field: _Row, limits, args, start, found, size, row):
-    (t1, rtol, atol), (near, result) = limits, found
-    time = jnp.asarray(t1, near.dtype)
-    near, start = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (near, start))
+def _improved_row(field: _Row, limits, args, start, settled_state, size, row):
+    (t1, rtol, atol), (y_settled, result) = limits, settled_state
+    time = jnp.asarray(t1, y_settled.dtype)
+    y_settled, start = (jnp.where(jnp.isfinite(y), y, 0.0) for y in (y_settled, start))
 
     def rates(y, inputs):
-        f, *rest = inputs
-        return f(y, *rest)
+        f, *f_args = inputs
+        return f(y, *f_args)
 
     # A number that is no array stays out of the inputs, which are compared: NaN is not itself.
     arrays, others = eqx.partition(args, eqx.is_array)
 
-    def of(y, arrays, row):
+    def rates_of(y, arrays, row):
         return field(time, y, eqx.combine(arrays, others), row)
 
-    inputs = eqx.filter_closure_convert(of, near, arrays, row), arrays, row
+    inputs = eqx.filter_closure_convert(rates_of, y_settled, arrays, row), arrays, row
     fixed = _fixed(inputs)
-    root = find_root(lambda y: rates(y, fixed), near, size, rtol, atol)
+    root = find_root(lambda y: rates(y, fixed), y_settled, size, rtol, atol)
     # From a state that had not settled, Newton's method may run to any root.
-    limit = atol + SETTLING_RTOL * jnp.abs(near) + NOISE[near.dtype] * size
-    lost = ~root.close | jnp.any(jnp.abs(root.y - near) > 10 * limit)
+    limit = atol + SETTLING_RTOL * jnp.abs(y_settled) + NOISE[y_settled.dtype] * size
+    lost = ~root.close | jnp.any(jnp.abs(root.y - y_settled) > 10 * limit)
     lost = lost | (result == Result.MAX_STEPS_REACHED)
     code = jnp.where(lost, Result.NOT_STEADY.value, Result.SUCCESS.value)
     code = jnp.where(root.singular, Result.SINGULAR_MATRIX.value, code)
-    own = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
-    code = jnp.where(own, result, code).astype(result.dtype)
+    solve_failed = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
+    code = jnp.where(solve_failed, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS
     # Where it was not found, a state at which the derivatives of `f` should be finite.
     y = implicit(rates, jnp.where(ok, root.y, start), ok, inputs)

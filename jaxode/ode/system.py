@@ -88,8 +88,8 @@ class System(NamedTuple):
     def cuts_on_rows(self, rows: int) -> dict[str, Float[Array, "times rows"] | None]:
         """The `times` of the jumps of each row, and its `breakpoints`."""
         of_jumps = None if self.jumps is None else self.jumps.times
-        given = {"times": of_jumps, "breakpoints": self.breakpoints}
-        return {name: t if t is None else _times_on_rows(t, rows) for name, t in given.items()}
+        cuts = {"times": of_jumps, "breakpoints": self.breakpoints}
+        return {name: t if t is None else _times_on_rows(t, rows) for name, t in cuts.items()}
 
     def raising(self, throw: bool) -> "System":
         """The same system, where a failed backward solve raises if `throw`."""
@@ -155,7 +155,7 @@ class Ravel:
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
-    def of(cls, y0: PyTree) -> "Ravel":
+    def of_state(cls, y0: PyTree) -> "Ravel":
         leaves, structure = jax.tree.flatten(y0)
         return cls(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
 
@@ -168,15 +168,15 @@ class Ravel:
         return state_dtype(self.leaves)
 
     def __call__(self, y: PyTree) -> Float[Array, "samples n"]:
-        each = zip(jax.tree.leaves(y), self.sizes, strict=True)
-        parts = [leaf.reshape(leaf.shape[0], size).astype(self.dtype) for leaf, size in each]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        leaves = zip(jax.tree.leaves(y), self.sizes, strict=True)
+        columns = [leaf.reshape(leaf.shape[0], size).astype(self.dtype) for leaf, size in leaves]
+        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=1)
 
     def back(self, y: Float[Array, "samples n"]) -> PyTree:
-        parts = jnp.split(y, np.cumsum(self.sizes)[:-1], axis=1)
-        like = zip(parts, self.leaves, strict=True)
-        parts = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
-        return jax.tree.unflatten(self.structure, parts)
+        columns = jnp.split(y, np.cumsum(self.sizes)[:-1], axis=1)
+        like = zip(columns, self.leaves, strict=True)
+        leaves = [p.reshape(p.shape[0], *leaf.shape[1:]).astype(leaf.dtype) for p, leaf in like]
+        return jax.tree.unflatten(self.structure, leaves)
 
 
 def condition_on_rows(system: System, ravel: Ravel):
@@ -213,7 +213,7 @@ def change_on_rows(system: System, ravel: Ravel, name: Literal["jumps", "event"]
 
 
 def _rows_field(system: System, ravel: Ravel):
-    field = SystemField.of(system.field)
+    field = SystemField.of_function(system.field)
     hint = "" if system.batch is None else field.hint
 
     def checked(t, y, shared, row):
@@ -227,12 +227,12 @@ def _rows_field(system: System, ravel: Ravel):
 
 def _rows_jacobian(system: System, ravel: Ravel):
     """The Jacobian of the field of the solver, if the user gave one."""
-    given = SystemField.of(system.field).jacobian
-    if given is None:
+    user_jacobian = SystemField.of_function(system.field).jacobian
+    if user_jacobian is None:
         return None
 
     def checked(t, y, shared, row):
-        jacobian = call_field(given, t, y, shared, "jacobian", "the Jacobian", row=row)
+        jacobian = call_field(user_jacobian, t, y, shared, "jacobian", "the Jacobian", row=row)
         check_jacobian(sum(ravel.sizes), jacobian)
         return jnp.asarray(jacobian, ravel.dtype)
 
@@ -264,11 +264,11 @@ def to_problem(system: System) -> tuple[InitialValueProblem, Stepper, Ravel]:
     y0 = system.y0
     if system.batch is None:
         y0 = jax.tree.map(lambda x: x[None], y0)
-    ravel = Ravel.of(y0)
+    ravel = Ravel.of_state(y0)
     start = ravel(y0)
     rows = start.shape[0] if system.batch == "per_sample" else 1
-    given = start, system.on_rows(rows), (system.shared, system.row_args), system.stepper
-    start, (t0, t1, ts), args, stepper = vary_alike(given)
+    inputs = start, system.on_rows(rows), (system.shared, system.row_args), system.stepper
+    start, (t0, t1, ts), args, stepper = vary_alike(inputs)
     field, jacobian = _rows_field(system, ravel), _rows_jacobian(system, ravel)
     closed, arrays = close_field(stepper.precision, field, t0, start, args, jacobian=jacobian)
     outputs = piece = None

@@ -450,7 +450,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Samples far from the data overflow.
     ("nn/residual.py", "LARGEST_ACTIVATION * jnp.tanh(h / LARGEST_ACTIVATION)", "h"),
     # Wrong backwards in time, and so is the next one.
-    ("ode/dense.py", "sign[None] * ends, last)", "ends, last)"),
+    ("ode/dense.py", "sign[None] * step_ends, piece_ends)", "step_ends, piece_ends)"),
     # Outputs beyond an event.
     ("ode/loop/outputs.py", "jnp.sign(problem.t1 - problem.t0)[None] * (problem.ts - t[None]) > 0",
      "problem.ts - t[None] > 0"),
@@ -461,7 +461,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # A row with an event counts as having come to its end.
     ("ode/loop/integrate.py", "at_end = at_end & ~stopped", "at_end = at_end"),
     # The field sees the other side of a breakpoint.
-    ("ode/loop/initial_value_problem.py", "jnp.where(t < first, first,", "jnp.where(t < first, t,"),
+    ("ode/loop/initial_value_problem.py", "jnp.where(t < lowest, lowest,",
+     "jnp.where(t < lowest, t,"),
     # The next piece begins with the first step of a new solve.
     ("ode/pieces.py", "jnp.where(cut.counted & (h != 0), h, carry.h)", "jnp.nan * h"),
     # Padding of jumps counts.
@@ -500,7 +501,8 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # The last cell of a circle reaches into the first.
     ("tabular/columns/column.py", "high = np.minimum(high, self.circle.end)", "pass"),
     # An interpolation may end before the solve.
-    ("ode/interpolations.py", "(low < first - near) | (high > last + near)", "low < first - near"),
+    ("ode/interpolations.py", "(low < first_knot - margin) | (high > last_knot + margin)",
+     "low < first_knot - margin"),
     # What a profile holds moves.
     ("estimation/profiles.py", "np.where(self.chosen, starts, bound)", "bound + 0 * starts"),
     # The distance to a value is not made up for.

@@ -94,11 +94,11 @@ class BacksolveAdjoint(ReverseAdjoint):
     def _stepper(self, stepper: Stepper) -> Stepper:
         """The settings of the backward solve."""
         controller = stepper.controller
-        given = {"rtol": controller.rtol, "atol": jnp.min(controller.atol, initial=jnp.inf)}
-        for name, own in (("rtol", self.rtol), ("atol", self.atol)):
-            if own is not None:
-                given[name] = jnp.asarray(own, controller.rtol.dtype)
-        return stepper.controlled(**given)
+        tolerances = {"rtol": controller.rtol, "atol": jnp.min(controller.atol, initial=jnp.inf)}
+        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
+            if tolerance is not None:
+                tolerances[name] = jnp.asarray(tolerance, controller.rtol.dtype)
+        return stepper.controlled(**tolerances)
 
     def record(self, problem: InitialValueProblem, stepper: Stepper) -> tuple[Integration, None]:
         """Solve the problem, and keep nothing of the way."""
@@ -116,8 +116,9 @@ class BacksolveAdjoint(ReverseAdjoint):
         y1_bar = instantiate_zeros(bar.y1, problem.y0)
         # The state restarts at outputs in any case.
         ys_bar = None if ys is None else instantiate_zeros(bar.ys, ys)
-        ends = _Ends(integration.y1, ys, integration.h, masked, y1_bar, ys_bar)
-        inputs = (solved.params, solved.rest, problem._replace(field=None, args=None), ends)
+        restarts = _Restarts(integration.y1, ys, integration.h, masked, y1_bar, ys_bar)
+        without_field = problem._replace(field=None, args=None)
+        inputs = solved.params, solved.constants, without_field, restarts
         progress, quadrature = _solve_back(inputs, self._stepper(solved.stepper))
         result = jnp.where(ended, Result.SUCCESS, progress.result).astype(jnp.int32)
         return progress._replace(result=result), quadrature
@@ -200,7 +201,7 @@ def _backward(out: Integration, bar: Integration, perturbed, problem, stepper, a
     return pulled_back(adjoint.reverse, problem, stepper, perturbed, (out, None), bar)
 
 
-class _Ends(NamedTuple):
+class _Restarts(NamedTuple):
     """The starts and restarts of the backward solve, and the rows without any."""
 
     y1: Float[Array, "samples n"]
@@ -217,11 +218,11 @@ def _adjoint_field(of_field: tuple[PyTree, PyTree, Any], t, state, weight):
     Rows are independent, so the weight of a row scales its part of both products, and that by the
     state is scaled back.
     """
-    params, rest, piece = of_field
+    params, constants, piece = of_field
     y, a = jnp.split(state, 2, axis=1)
 
     def slope(params, y):
-        field, args = eqx.combine(params, rest)
+        field, args = eqx.combine(params, constants)
         return Slope(field, args, piece)(t, y)
 
     f, pull = vjp(slope, params, y)
@@ -253,8 +254,8 @@ def _moved_by_ends(x, start, end, of_field):
 
 def _solve_back(inputs, stepper):
     """From the end to the start: the state and its cotangent side by side, `[rows, 2 n]`."""
-    params, rest, problem, ends = inputs
-    n, of_field = problem.y0.shape[1], (params, rest, problem.piece)
+    params, constants, problem, restarts = inputs
+    n, of_field = problem.y0.shape[1], (params, constants, problem.piece)
     adjoint_field = functools.partial(_adjoint_field, of_field)
 
     def continued(solved, to):
@@ -263,11 +264,11 @@ def _solve_back(inputs, stepper):
         y, quadrature = _moved_by_ends((after.y, quadrature), start, to, of_field)
         return after._replace(y=y, t=jnp.where(start == to, to, after.t)), quadrature
 
-    state = jnp.concatenate([ends.y1, ends.y1_bar], axis=1)
-    result = jnp.where(ends.masked, Result.NON_FINITE, Result.SUCCESS)
-    progress = Progress.start(problem.t1, -ends.h, state, result)
+    state = jnp.concatenate([restarts.y1, restarts.y1_bar], axis=1)
+    result = jnp.where(restarts.masked, Result.NON_FINITE, Result.SUCCESS)
+    progress = Progress.start(problem.t1, -restarts.h, state, result)
     quadrature = jax.tree.map(jnp.zeros_like, params)
-    ts, ys, ys_bar = problem.ts, ends.ys, ends.ys_bar
+    ts, ys, ys_bar = problem.ts, restarts.ys, restarts.ys_bar
     if ts is None or ys is None or ys_bar is None:
         return continued((progress, quadrature), problem.t0)
 
@@ -278,7 +279,7 @@ def _solve_back(inputs, stepper):
         j = ts.shape[0] - 1 - i
         at_output, j = j >= 0, jnp.maximum(j, 0)
         progress, quadrature = continued(solved, jnp.where(at_output, ts[j], problem.t0))
-        y = jnp.where(at_output & ~ends.masked[:, None], ys[j], progress.y[:, :n])
+        y = jnp.where(at_output & ~restarts.masked[:, None], ys[j], progress.y[:, :n])
         a = progress.y[:, n:] + jnp.where(at_output, ys_bar[j], 0.0)
         return progress._replace(y=jnp.concatenate([y, a], axis=1)), quadrature
 
@@ -300,13 +301,13 @@ def _continued(field: AdjointField, stepper: Stepper, solved, end, span):
 
     def step(solved):
         now, quadrature = solved
-        t, last = next_step_end(stepper, steps, now, now.accepted - before, start, end)
+        t, at_end = next_step_end(stepper, steps, now, now.accepted - before, start, end)
         t = jnp.where(now.active, t, now.t)
         y, k, quadrature_where = _stages(field, stepper, now, quadrature, t - now.t)
-        then = accept_or_reject(stepper, now, t, last, y, k)
+        then = accept_or_reject(stepper, now, t, at_end, y, k)
         return then, quadrature_where(then.accepted > now.accepted)
 
-    solved = progress._replace(done=start == end), quadrature
+    solved = progress._replace(at_end=start == end), quadrature
     return while_loop(lambda solved: solved[0].active.any(), step, solved)
 
 
@@ -344,10 +345,10 @@ def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
             return jax.tree.map(keep, quadrature, before)
         # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
         # integrand is no way out, as it may not be finite.
-        taken, kept = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
+        accepted_h, accepted_k = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
 
         def again(i, q):
-            return add_used(i, q, evaluate(i, kept, taken, taken * b[i])[1])
+            return add_used(i, q, evaluate(i, accepted_k, accepted_h, accepted_h * b[i])[1])
 
         return fori_loop(0, method.stages, again, before)
 

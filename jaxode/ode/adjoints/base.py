@@ -79,11 +79,12 @@ class Solved(NamedTuple):
     trajectory: Trajectory | None
     masked: Bool[Array, " rows"]
     params: PyTree
-    """The differentiated leaves of `(field, args)`, and of what else was given."""
-    rest: PyTree
+    """The differentiated leaves of `(field, args, *others)`."""
+    constants: PyTree
+    """Its other leaves."""
 
     @classmethod
-    def of(
+    def make(
         cls,
         problem: InitialValueProblem,
         perturbed: InitialValueProblem,
@@ -93,7 +94,7 @@ class Solved(NamedTuple):
         others: tuple[Any, ...] = (),
         perturbed_others: tuple[Any, ...] = (),
     ) -> "Solved":
-        """Make it with `masked` rows. `others` are differentiated together with the field."""
+        """Mask rows of a recorded solve. `others` are differentiated together with the field."""
         if isinstance(problem.field, ClosedField):
             problem.field.check_closed_over(perturbed.field, problem.y0)
         integration, trajectory = recorded
@@ -105,12 +106,12 @@ class Solved(NamedTuple):
 
         ts, ys = jax.tree.map(jax.vmap(replace), (problem.ts, integration.ys))
         integration = integration._replace(y1=replace(integration.y1), ys=ys)
-        own = replace(problem._replace(field=None, args=row_args, ts=None))
-        problem = own._replace(field=problem.field, args=(shared, own.args), ts=ts)
-        parts = (problem.field, problem.args, *others)
+        rows = replace(problem._replace(field=None, args=row_args, ts=None))
+        problem = rows._replace(field=problem.field, args=(shared, rows.args), ts=ts)
+        field_and_args = (problem.field, problem.args, *others)
         flags = (perturbed.field, perturbed.args, *perturbed_others)
-        params, rest = eqx.partition(parts, flags)
-        return cls(problem, perturbed, stepper, integration, trajectory, masked, params, rest)
+        params, constants = eqx.partition(field_and_args, flags)
+        return cls(problem, perturbed, stepper, integration, trajectory, masked, params, constants)
 
     @property
     def ok(self) -> Bool[Array, " rows"]:
@@ -126,13 +127,13 @@ class Solved(NamedTuple):
         """Differentiate the times of a step by the two ends."""
         return step_tangents(self.problem, t, h, number, self.stepper.stop is not None)
 
-    def parts(self, params: PyTree) -> tuple[Any, ...]:
+    def field_and_args(self, params: PyTree) -> tuple[Any, ...]:
         """`(field, args, *others)` with these differentiated leaves."""
-        return eqx.combine(params, self.rest)
+        return eqx.combine(params, self.constants)
 
     def slope(self, params: PyTree) -> Slope:
         """The vector field with these differentiated leaves."""
-        field, args, *_ = self.parts(params)
+        field, args, *_ = self.field_and_args(params)
         return Slope(field, args, self.problem.piece, self.finite)
 
     def apply(self, params: PyTree, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
@@ -222,7 +223,7 @@ class ReverseAdjoint(Adjoint):
             out = recorded[0]
             useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
             masked = without_cotangent(bar, problem.t0) & useless
-            solved = Solved.of(ended(problem, out), perturbed, stepper, recorded, masked)
+            solved = Solved.make(ended(problem, out), perturbed, stepper, recorded, masked)
             bars = solved.mask(*self.pull_back(solved, bar))
             stopped = out.stopped
             if stopped is None or bars.t1 is None:

@@ -56,7 +56,7 @@ class DiscreteAdjoint(ReverseAdjoint):
     ) -> tuple[InitialValueProblem, Float[Array, " rows"]]:
         problem, trajectory = solved.problem, solved.trajectory
         assert trajectory is not None
-        interior, carry, outputs = None, None, OutputBars.of(problem, bar)
+        interior, carry, outputs = None, None, OutputBars.of_problem(problem, bar)
         if outputs is not None:
             interior = _of_outputs(solved.stepper.method, outputs, solved.timed)
             carry = outputs.count, jnp.zeros_like(outputs.ts)
@@ -107,7 +107,7 @@ def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
     stages. It carries how many outputs are left, and the cotangents of their times."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
-        whole, pull_curve = jax.vjp(lambda step: Curve.of(method, step), step)
+        whole, pull_curve = jax.vjp(lambda step: Curve.of_step(method, step), step)
         # Differentiate the state and the stages alone, unless times have derivatives.
         curve = whole if timed else whole._replace(t=None, h=None, slope=None)
 
@@ -115,16 +115,16 @@ def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
             return eqx.combine(curve, whole).at(time)
 
         def pull(carry):
-            curve_bar, left, ts_bar = carry
-            due = outputs.due(left, step, number)
-            index, time, y_bar = outputs.last(left, due, step.t)
+            curve_bar, count, ts_bar = carry
+            due = outputs.due(count, step, number)
+            index, time, y_bar = outputs.last_output(count, due, step.t)
             if timed:
                 by_curve, time_bar = jax.vjp(at, curve, time)[1](y_bar)
                 ts_bar = ts_bar.at[place_of_each(index)].add(time_bar)
             else:
                 (by_curve,) = jax.vjp(lambda curve: at(curve, time), curve)[1](y_bar)
             curve_bar = jax.tree.map(jnp.add, curve_bar, by_curve)
-            return curve_bar, left - due.astype(jnp.int32), ts_bar
+            return curve_bar, count - due.astype(jnp.int32), ts_bar
 
         carry = jax.tree.map(jnp.zeros_like, curve), *carry
 

@@ -49,9 +49,9 @@ def walk_back(
         return stop - 1, slope, checkpoints, visit(Step(t, h, y, k), stop, carry)
 
     slope = trajectory.slope if chained else None
-    last: Any = trajectory.count, slope, trajectory.checkpoints, carry
+    start: Any = trajectory.count, slope, trajectory.checkpoints, carry
     first = 0 if chained else 1
-    *_, carry = while_loop(lambda state: state[0] >= first, back, last)
+    *_, carry = while_loop(lambda state: state[0] >= first, back, start)
     return carry
 
 
@@ -72,12 +72,12 @@ def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: I
     are kept as slots allow.
     """
     field, method = solved.slope(solved.params), solved.stepper.method
-    start, y, k, known = checkpoints.latest_before(stop)
+    start, y, k, has_stages = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
     # With zero stages, the previous step leads to this state. The first iteration evaluates them.
-    index = start - 1 + known.astype(start.dtype)
+    index = start - 1 + has_stages.astype(start.dtype)
     none = jnp.zeros((count, *y.shape), y.dtype)
-    k = none if k is None else jnp.where(known, k[:count], none)
+    k = none if k is None else jnp.where(has_stages, k[:count], none)
     b = jnp.asarray(method.b[:count], y.dtype)
 
     def advance(carry):
@@ -106,7 +106,7 @@ class OutputBars(NamedTuple):
     """The number of outputs of each row."""
 
     @classmethod
-    def of(cls, problem: InitialValueProblem, bar: Integration) -> "OutputBars | None":
+    def of_problem(cls, problem: InitialValueProblem, bar: Integration) -> "OutputBars | None":
         """None if nothing depends on outputs."""
         ts, sign, count = problem.ts, jnp.sign(problem.t1 - problem.t0), problem.outputs
         if ts is None or bar.ys is None:
@@ -116,18 +116,20 @@ class OutputBars(NamedTuple):
         return cls(ts, bar.ys, sign, count)
 
     def due(
-        self, left: Int[Array, " rows"], step: Step, number: Int[Array, ""]
+        self, count: Int[Array, " rows"], step: Step, number: Int[Array, ""]
     ) -> Bool[Array, " rows"]:
-        """Whether the last of the outputs that are `left` lies in the step.
+        """Whether the last of the first `count` outputs lies in the step.
 
-        The first step takes all that are left.
+        The first step takes all of them.
         """
-        last = save_times_at(self.ts, left - 1)
-        return (left > 0) & ((self.sign * (last - step.t) > 0) | (number == 1))
+        time = save_times_at(self.ts, count - 1)
+        return (count > 0) & ((self.sign * (time - step.t) > 0) | (number == 1))
 
-    def last(self, left: Int[Array, " rows"], due: Bool[Array, " rows"], otherwise):
-        """The last output of the rows where it is `due`: its index, its time, or the time
-        `otherwise`, and its cotangent, or zero."""
-        index = jnp.clip(left - 1, 0)
+    def last_output(self, count: Int[Array, " rows"], due: Bool[Array, " rows"], otherwise):
+        """The index, time and cotangent of the last of `count` outputs.
+
+        In rows where it is not `due`, the time is `otherwise` and the cotangent is zero.
+        """
+        index = jnp.clip(count - 1, 0)
         time = jnp.where(due, save_times_at(self.ts, index), otherwise)
         return index, time, jnp.where(due[:, None], entry_of_each(self.ys, index), 0.0)

@@ -55,7 +55,7 @@ def _rule(
         *_, problem, stepper = args
         if is_busy(problem.field):
             return one_by_one(f, mapped, *args)
-        many = Many.of(size, mapped[-2:], problem, stepper, perturbed)
+        many = Many.of_problems(size, mapped[-2:], problem, stepper, perturbed)
         if many is None:
             return plain(otherwise or f, mapped, *args)
         return as_rows(many, mapped, *args)
@@ -150,18 +150,18 @@ class Reverse(NamedTuple):
         return _with_rule(several, outer, *args)
 
     def _of_rows(self, many: "Many", mapped: Any, recorded: Any, bar, problem, stepper):
-        of_recorded, of_bar, own, _ = mapped
+        of_recorded, of_bar, of_problem, _ = mapped
 
         def of_each(x, its, perturbed):
             return many.spread(x, its) if perturbed else x
 
-        problem = jax.tree.map(of_each, problem, own, self.perturbed)
-        own = jax.tree.map(operator.or_, own, self.perturbed)
-        values, rest = eqx.partition(problem, self.perturbed)
-        perturbed = many.flags(own, self.perturbed)
+        problem = jax.tree.map(of_each, problem, of_problem, self.perturbed)
+        of_problem = jax.tree.map(operator.or_, of_problem, self.perturbed)
+        values, constants = eqx.partition(problem, self.perturbed)
+        perturbed = many.flags(of_problem, self.perturbed)
 
         def join(values):
-            joined = many.join(own, eqx.combine(values, rest), stepper)
+            joined = many.join(of_problem, eqx.combine(values, constants), stepper)
             return eqx.filter(joined, perturbed), joined
 
         _, split_bars, joined = jax.vjp(join, values, has_aux=True)
@@ -203,7 +203,7 @@ class Many(NamedTuple):
     """The shape `[samples, n]` of the states of one problem."""
 
     @classmethod
-    def of(
+    def of_problems(
         cls,
         size: int,
         mapped: tuple[InitialValueProblem, Stepper],
@@ -239,10 +239,10 @@ class Many(NamedTuple):
         }
         t0 = of_rows["t0"]
         y0 = self.spread(problem.y0, mapped.y0).reshape(len(t0), -1)
-        args, own_of_row = self._join_args(mapped, problem)
-        field, jacobian = self._on_all(lambda field: field, own_of_row, 1), None
+        args, of_row = self._join_args(mapped, problem)
+        field, jacobian = self._on_all(lambda field: field, of_row, 1), None
         if problem.field.jacobian is not None:
-            jacobian = self._on_all(lambda field: field.jacobian, own_of_row, 2)
+            jacobian = self._on_all(lambda field: field.jacobian, of_row, 2)
         closed, args = close_field(stepper.precision, field, t0, y0, args, jacobian=jacobian)
         return problem._replace(field=closed, args=args, y0=y0, **of_rows)
 
@@ -251,35 +251,37 @@ class Many(NamedTuple):
     ) -> tuple[tuple[PyTree, PyTree], PyTree]:
         """The values of `(field, args)` that problems share, and their own ones, whose first axis
         is that of all rows, or of the problems; and flags of the former among these."""
-        of_row, is_own = self._of_row(mapped), self._own(mapped)
+        of_row, in_row_args = self._of_row(mapped), self._in_row_args(mapped)
 
         def joined(x, its, of_row):
             return self._join(self.spread(x, its), 0) if of_row else x
 
-        given = (problem.field, problem.args), (mapped.field, mapped.args)
-        own, shared = eqx.partition(jax.tree.map(joined, *given, of_row), is_own)
-        return (shared, own), eqx.filter(of_row, is_own)
+        values, flags = (problem.field, problem.args), (mapped.field, mapped.args)
+        row_args, shared = eqx.partition(jax.tree.map(joined, values, flags, of_row), in_row_args)
+        return (shared, row_args), eqx.filter(of_row, in_row_args)
 
-    def _on_all(self, part: Callable[[Any], Callable[..., Array]], own_of_row: PyTree, axes: int):
+    def _on_all(self, part: Callable[[Any], Callable[..., Array]], of_row: PyTree, axes: int):
         """`part` of the field of each problem, on the rows of all: `(t, y, args) -> [rows, ...]`.
 
         Args:
             part: the field itself, or its Jacobian.
-            own_of_row: which values a row has for itself.
+            of_row: which values a row has for itself.
             axes: how many axes of the size of a state its values have.
         """
 
         def call(t, y, args):
-            shared, own = args
+            shared, row_args = args
 
-            def one(t, y, own):
-                field, args = eqx.combine(own, shared)
+            def one(t, y, row_args):
+                field, args = eqx.combine(row_args, shared)
                 return part(field)(t, y, args)
 
             states = y.reshape(self.size, *self.sample)
             times = t.reshape(self.size, self.rows)
-            own = jax.tree.map(lambda x, its: self._split(x, 0) if its else x, own, own_of_row)
-            out = jax.vmap(one)(times, states, own)
+            row_args = jax.tree.map(
+                lambda x, its: self._split(x, 0) if its else x, row_args, of_row
+            )
+            out = jax.vmap(one)(times, states, row_args)
             return out.reshape(len(y), *y.shape[1:] * axes)
 
         return call
@@ -288,10 +290,12 @@ class Many(NamedTuple):
         self, mapped: InitialValueProblem, perturbed: InitialValueProblem
     ) -> InitialValueProblem:
         """Which leaves of one problem are `perturbed`, where all of them are `mapped`."""
-        own, shared = eqx.partition((perturbed.field, perturbed.args), self._own(mapped))
-        return perturbed._replace(field=False, args=(shared, own))
+        row_args, shared = eqx.partition(
+            (perturbed.field, perturbed.args), self._in_row_args(mapped)
+        )
+        return perturbed._replace(field=False, args=(shared, row_args))
 
-    def _own(self, mapped: InitialValueProblem) -> PyTree:
+    def _in_row_args(self, mapped: InitialValueProblem) -> PyTree:
         """Which values of `(field, args)` belong to a row, or to the rows of a problem."""
         return jax.tree.map(operator.or_, self._of_row(mapped), (mapped.field, mapped.args))
 

@@ -74,11 +74,11 @@ def watch(
     A step with a crossing inside, or one that misses its target, does not count. The last one ends
     the row.
     """
-    given = (problem.args, problem.t0, problem.t1, now, step, then)
-    args, start, end, now_, step_, then_ = jax.lax.stop_gradient(given)
+    inputs = (problem.args, problem.t0, problem.t1, now, step, then)
+    args, start, end, now_, step_, then_ = jax.lax.stop_gradient(inputs)
     t, h, landing, accept = step_.t, step_.h, search.landing, then_.accepted > now_.accepted
     span, eps = jnp.abs(end - start), jnp.finfo(t.dtype).eps
-    curve = Curve.of(stepper.method, step_)
+    curve = Curve.of_step(stepper.method, step_)
 
     def look(t, y):
         return stepper.stop.condition(t, y, args)
@@ -111,19 +111,19 @@ def watch(
     search = CrossingSearch(
         target, search.landings + landed.astype(jnp.int32), search.stopped | stops
     )
-    left_out = crosses | again | lost
+    discarded = crosses | again | lost
 
     def keep(new, old):
-        return jnp.where(left_out.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
+        return jnp.where(discarded.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
-    done = jnp.where(landing, now.done | stops, then.done)
-    kept = jax.tree.map(keep, then._replace(done=done), now)
-    kept = kept._replace(
-        t=jnp.where(lost, jnp.where(crosses, t + theta * h, then_.t), kept.t),
+    at_end = jnp.where(landing, now.at_end | stops, then.at_end)
+    progress = jax.tree.map(keep, then._replace(at_end=at_end), now)
+    progress = progress._replace(
+        t=jnp.where(lost, jnp.where(crosses, t + theta * h, then_.t), progress.t),
         result=jnp.where(lost, Result.EVENT_NOT_FOUND, then.result).astype(jnp.int32),
-        rejected=then.rejected + (left_out & accept).astype(jnp.int32),
+        rejected=then.rejected + (discarded & accept).astype(jnp.int32),
     )
-    return kept, search
+    return progress, search
 
 
 def _slope(inside: Inside, theta: Float[Array, " rows"]):
@@ -152,9 +152,9 @@ def _first_crossing(crossing: Crossing, inside: Inside, values_at_ends, step: St
             low, high, at_low = bracket
             middle = (low + high) / 2
             at_middle = inside(middle)
-            left = crossing.between(at_low, at_middle)
+            in_lower = crossing.between(at_low, at_middle)
             halves = (low, middle, at_low), (middle, high, at_middle)
-            return jax.tree.map(lambda first, second: jnp.where(left, first, second), *halves)
+            return jax.tree.map(lambda first, second: jnp.where(in_lower, first, second), *halves)
 
         bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
         theta = fori_loop(0, jnp.finfo(t.dtype).nmant + 1, halve, bracket)[1]

@@ -15,7 +15,7 @@ class Slope(NamedTuple):
     args: PyTree
     piece: Float[Array, "rows 2"] | None = None
     """The ends of the piece of the solve in which it is evaluated, if it may jump there."""
-    seen: Callable[..., Any] = lambda t, y: (t, y)
+    evaluation_point: Callable[..., Any] = lambda t, y: (t, y)
     """Maps a time and a state to those at which the field is evaluated."""
 
     def __call__(
@@ -30,19 +30,19 @@ class Slope(NamedTuple):
         return jacobian and (lambda t, y: jacobian(*self._inside(t, y), self.args))
 
     def _inside(self, t, y):
-        """Move a time at an end of the piece inside, by a few roundings."""
-        t, y = self.seen(t, y)
+        """Move a time at an end of the piece inside it, by a few roundings."""
+        t, y = self.evaluation_point(t, y)
         if self.piece is None:
             return t, y
         low, high = jnp.min(self.piece, axis=1), jnp.max(self.piece, axis=1)
         eps, largest = jnp.finfo(t.dtype).eps, jnp.maximum(jnp.abs(low), jnp.abs(high))
 
-        def gap(end):  # beside zero, too, a time has a size
+        def margin(end):  # `largest` sets the scale where an end is near zero
             return jnp.minimum(4 * eps * jnp.maximum(jnp.abs(end), eps * largest), (high - low) / 4)
 
-        first, last = low + gap(low), high - gap(high)
-        seen = jnp.where(t < first, first, jnp.where(t > last, last, t))
-        return t + jax.lax.stop_gradient(seen - t), y
+        lowest, highest = low + margin(low), high - margin(high)
+        moved = jnp.where(t < lowest, lowest, jnp.where(t > highest, highest, t))
+        return t + jax.lax.stop_gradient(moved - t), y
 
 
 class InitialValueProblem(NamedTuple):

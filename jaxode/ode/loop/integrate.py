@@ -73,9 +73,9 @@ def integrate(
             then, search = watch(problem, stepper, search, now, step, then)
         accept = then.accepted > now.accepted
         if ys is not None:
-            last = then.done if search is None else then.done & ~search.stopped
-            curve = Curve.of(stepper.method, step)
-            ys, saved = save(problem, curve, then, accept, last, ys, saved)
+            at_end = then.at_end if search is None else then.at_end & ~search.stopped
+            curve = Curve.of_step(stepper.method, step)
+            ys, saved = save(problem, curve, then, accept, at_end, ys, saved)
         if slope is not None:
             slope = jnp.where(accept[:, None], step.k[-1], slope)
         if trajectory is not None:
@@ -102,16 +102,16 @@ def _outcome(
     # Multiplied by NaN, so that tangents of a failed solve are NaN, too, and not zero.
     valid = jnp.where(ok, 1.0, jnp.nan).astype(final.y.dtype)[:, None]
     y1, ys = final.y * valid, None if state.ys is None else state.ys * valid[None]
-    at_end, stopped = final.done, None
+    at_end, stopped = final.at_end, None
     if state.search is not None:
         stopped = state.search.stopped & ok
         at_end = at_end & ~stopped
     t_reached = jnp.where(at_end, end, final.t)
-    if ys is not None and stopped is not None:  # they repeat the end
+    if ys is not None and stopped is not None:  # outputs beyond the event repeat it
         ys = jnp.where((stopped[None] & beyond(problem, t_reached))[..., None], y1[None], ys)
     trajectory = state.trajectory if stepper.dense else None
     if trajectory is not None:
-        # Finite, for a cotangent of zero.
+        # Keep the steps finite: the cotangent of a failed row is zero, and zero times NaN is NaN.
         y, k = jax.tree.map(lambda x: jnp.where(ok[:, None], x, 0), (trajectory.y, trajectory.k))
         trajectory = trajectory._replace(y=y, k=k)
     return Integration(y1, ys, stats, result, t_reached, final.h, trajectory, stopped)
@@ -137,18 +137,18 @@ def _initial(
 def _attempt(
     problem: InitialValueProblem, stepper: Stepper, state: _State, start, end
 ) -> tuple[Step, Progress]:
-    """Attempt one step of each active row, and how far they come by it."""
+    """Attempt one step of each active row. Returns the step and the progress after it."""
     now, method = state.progress, stepper.method
-    t, last = next_step_end(stepper, stepper.steps, now, now.accepted, start, end)
+    t, at_end = next_step_end(stepper, stepper.steps, now, now.accepted, start, end)
     if state.search is not None:
         landing = state.search.landing
-        t, last = jnp.where(landing, state.search.target, t), last | landing
-    t = jnp.where(last, t, with_end_tangents(t, start, end, stepper.stop is not None))
+        t, at_end = jnp.where(landing, state.search.target, t), at_end | landing
+    t = jnp.where(at_end, t, with_end_tangents(t, start, end, stepper.stop is not None))
     t = jnp.where(now.active, t, now.t)
     h = t - now.t
     k = method.evaluate(problem.slope, now.t, h, now.y, state.slope, method.stages)
     y = now.y + h[:, None] * weighted_sum(jnp.asarray(method.b, now.y.dtype), k)
-    return Step(now.t, h, now.y, k), accept_or_reject(stepper, now, t, last, y, k)
+    return Step(now.t, h, now.y, k), accept_or_reject(stepper, now, t, at_end, y, k)
 
 
 def _start(problem: InitialValueProblem, stepper: Stepper, start, span) -> tuple[Any, Array, int]:
@@ -156,8 +156,8 @@ def _start(problem: InitialValueProblem, stepper: Stepper, start, span) -> tuple
     field, method, controller, h0 = problem.slope, stepper.method, stepper.controller, problem.h0
     reused = method.first_same_as_last
 
-    def known(h):
-        """The first step, or that of the piece before where the problem has it."""
+    def first_step(h):
+        """The step `h`, unless the problem has one from the piece before."""
         h = controller.limit(h)
         return h if h0 is None else jnp.where(jnp.isnan(h0), h, h0)
 
@@ -170,8 +170,8 @@ def _start(problem: InitialValueProblem, stepper: Stepper, start, span) -> tuple
             evals = jnp.where(jnp.isnan(h0), evals, int(reused))
             count = jnp.max(evals)
         h, slope = controller.guess_first_step(field, method, start, problem.y0, span, count)
-        return slope if reused else None, known(h), evals
+        return slope if reused else None, first_step(h), evals
     else:
         h = jnp.minimum(controller.first_step.astype(start.dtype), jnp.abs(span))
-        h = known(jnp.sign(span) * h)
+        h = first_step(jnp.sign(span) * h)
     return (field(start, problem.y0), h, 1) if reused else (None, h, 0)

@@ -19,18 +19,19 @@ def save_times_at(
     return entry_of_each(ts, jnp.clip(index, 0, ts.shape[0] - 1))
 
 
-def save(problem: InitialValueProblem, curve: Curve, then: Progress, accept, last, ys, saved):
+def save(problem: InitialValueProblem, curve: Curve, then: Progress, accept, at_end, ys, saved):
     """Write the dense output at every output time that an accepted step has reached.
 
-    The step leads to `then`, and may be the `last`. `saved` counts the outputs written per row. The
-    output at the end of a step is the state itself, with the derivatives of the dense output.
+    The step leads to `then`, which is the end time where `at_end`. `saved` counts the outputs
+    written per row. The output at the end of a step is the state itself, with the derivatives of
+    the dense output.
     """
     ts, sign = problem.ts, jnp.sign(problem.t1 - problem.t0)
     assert ts is not None
     count = len(ts) if problem.outputs is None else problem.outputs
 
     def pending(saved):
-        reached = last | (sign * (save_times_at(ts, saved) - then.t) <= 0)
+        reached = at_end | (sign * (save_times_at(ts, saved) - then.t) <= 0)
         return accept & (saved < count) & reached
 
     def write(carry):
@@ -64,12 +65,12 @@ def padded(
     if ts is None or count is None:
         return ys
     number = jnp.arange(ts.shape[0], dtype=jnp.int32)
-    last = jax.vmap(lambda number: jnp.minimum(number, count - 1))(number)
-    given, ys = (jax.vmap(entry_of_each, (None, 0))(x, last) for x in (ts, ys))
+    index = jax.vmap(lambda number: jnp.minimum(number, count - 1))(number)
+    times, ys = (jax.vmap(entry_of_each, (None, 0))(x, index) for x in (ts, ys))
 
     def slope(ys, past, problem):
         slope = problem.slope(problem.ts[-1], ys[-1])
         # A failed row has NaN outputs at any time.
         return jnp.where(jnp.isfinite(slope), slope, 0)[None]
 
-    return with_time_tangent(ys, ts - given, slope, problem)
+    return with_time_tangent(ys, ts - times, slope, problem)

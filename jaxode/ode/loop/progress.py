@@ -16,7 +16,7 @@ class Progress(NamedTuple):
     h: Float[Array, " rows"]
     """The step size to try next."""
     y: Float[Array, "samples n"]
-    done: Bool[Array, " rows"]
+    at_end: Bool[Array, " rows"]
     """Whether the end time is reached. The time cannot tell: compilers may round it twice."""
     result: Int[Array, " rows"]
     accepted: Int[Array, " rows"]
@@ -36,7 +36,7 @@ class Progress(NamedTuple):
     @property
     def active(self) -> Bool[Array, " rows"]:
         """Rows that have neither ended nor failed."""
-        return ~self.done & (self.result == Result.SUCCESS)
+        return ~self.at_end & (self.result == Result.SUCCESS)
 
     def stats(self, evals_per_step: int, first_evals: int) -> Stats:
         steps = self.accepted + self.rejected

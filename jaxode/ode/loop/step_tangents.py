@@ -52,11 +52,11 @@ def step_tangents(
     if not in_place:
         return by_start, by_end
     rounding = 4 * jnp.finfo(t.dtype).eps * jnp.maximum(jnp.abs(t), jnp.abs(end))
-    first, moves = t == start, (h != 0) | (span == 0) & (number == 1)
-    last = jnp.abs(end - t - h) <= rounding
+    at_start, moves = t == start, (h != 0) | (span == 0) & (number == 1)
+    to_end = jnp.abs(end - t - h) <= rounding
 
     def one(flag):
         return flag.astype(t.dtype)
 
-    by_start = StepTangents(one(first), -one(first & moves))
-    return by_start, StepTangents(one((t == end) & (span != 0)), one(last & moves))
+    by_start = StepTangents(one(at_start), -one(at_start & moves))
+    return by_start, StepTangents(one((t == end) & (span != 0)), one(to_end & moves))

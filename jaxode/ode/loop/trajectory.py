@@ -78,7 +78,7 @@ class Curve(NamedTuple):
     slope: Float[Array, "samples n"]
 
     @classmethod
-    def of(cls, method: Method, step: Step) -> "Curve":
+    def of_step(cls, method: Method, step: Step) -> "Curve":
         t, h, y, k = step
         powers = weighted_sum(jnp.asarray(method.dense, y.dtype), k)
         return cls(t, h, y, h.astype(y.dtype)[None, :, None] * powers, k[0])

@@ -130,8 +130,8 @@ class RungeKutta(Method):
             t_bar, h_bar = t_bar + by_start.t, h_bar + by_start.h
             params_bar = jax.tree.map(jnp.add, params_bar, by_params)
         if per_step:  # except for a stage that waits
-            own = slice(self.first_pulled or int(sweep.waits), pulled)
-            by_stages = self._pull_params(solved, step, own, k_bar)
+            stages = slice(self.first_pulled or int(sweep.waits), pulled)
+            by_stages = self._pull_params(solved, step, stages, k_bar)
             params_bar = jax.tree.map(jnp.add, params_bar, by_stages)
         if timed:
             h_bar = h_bar + reduce_rows(jnp.sum, y_bar * weighted_sum(b, k), h)
@@ -139,16 +139,16 @@ class RungeKutta(Method):
         y_bar = y_bar + bar.y + weighted_sum(jnp.ones_like(b), z_bars)
         return type(step)(t_bar, h_bar, y_bar, k_bar), params_bar
 
-    def _pull_params(self, solved: Any, step: Any, own: slice, k_bar) -> Any:
-        """The cotangents of the parameters by the stages `own`, which are one batch."""
+    def _pull_params(self, solved: Any, step: Any, stages: slice, k_bar) -> Any:
+        """The cotangents of the parameters by some `stages`, which are one batch."""
         t, h, y, k = step
         count = len(k)
         A, c = jnp.asarray(self.A[:count, :count], y.dtype), jnp.asarray(self.c[:count], t.dtype)
         z = y[None] + h[None, :, None] * weighted_sum(A, k)
         times = t[None] + c[:, None] * h[None]
-        each = jax.vmap(solved.apply, (None, 0, 0))
-        _, pull = vjp(lambda params: each(params, times[own], z[own]), solved.params)
-        (params_bar,) = pull(k_bar[own])
+        apply = jax.vmap(solved.apply, (None, 0, 0))
+        _, pull = vjp(lambda params: apply(params, times[stages], z[stages]), solved.params)
+        (params_bar,) = pull(k_bar[stages])
         return params_bar
 
     def start(self, sweep: Any, step: Any) -> Any:

@@ -54,11 +54,11 @@ class Linearized(NamedTuple):
         """Columns of the Jacobians of all samples come from one product with a unit vector, unless
         the user gave the Jacobian."""
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
-        given = getattr(field, "jacobian", None)
+        user_jacobian = getattr(field, "jacobian", None)
         try:
-            if given is not None:
+            if user_jacobian is not None:
                 slope, by_time = along(lambda t: field(t, y), t)
-                jacobian = given(t, y).transpose(1, 2, 0)
+                jacobian = user_jacobian(t, y).transpose(1, 2, 0)
             else:
                 slope, push = jax.linearize(lambda y: field(t, y), y)
                 columns = jax.vmap(lambda e: push(jnp.broadcast_to(e, y.shape)))(unit)
@@ -66,7 +66,7 @@ class Linearized(NamedTuple):
                 jacobian = columns.transpose(2, 0, 1)
         except (TypeError, ValueError, NotImplementedError) as error:
             by, cure = "", f"Pass its Jacobian, as jaxode.{method.name}(jacobian=...), or use"
-            if given is not None:
+            if user_jacobian is not None:
                 by, cure = " by the time", "Use"
             raise TypeError(
                 f"{method.name}: f needs a forward mode{by}; got {type(error).__name__}: "
@@ -172,7 +172,7 @@ class RosenbrockMethod(RungeKutta):
 
     def pull_start(self, sweep: Any, step: Any, k_bar) -> tuple[Any, Any]:
         """Given `r_i`, and for stage 0 what depends on it from elsewhere."""
-        (t, h, y, k), solved, r, of = step, sweep.solved, k_bar, type(step)
+        (t, h, y, k), solved, r, step_type = step, sweep.solved, k_bar, type(step)
         d = jnp.asarray(self.d[1 : len(k)], y.dtype)
         times = jnp.broadcast_to(d[:, None].astype(t.dtype), (len(d), *t.shape))
 
@@ -194,9 +194,9 @@ class RosenbrockMethod(RungeKutta):
         pulled = pulled_back(tangents, solved.params, t, y, bars, solved.timed)
         (_, moved), by_params, t_bar, y_bar = pulled
         if t_bar is None:
-            return of(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
+            return step_type(jnp.zeros_like(t), jnp.zeros_like(h), y_bar, k), by_params
         products = reduce_rows(jnp.sum, jnp.sum(r[1:] * moved, axis=0), h)
-        return of(t_bar, products, y_bar, k), by_params
+        return step_type(t_bar, products, y_bar, k), by_params
 
 
 @functools.cache
@@ -205,16 +205,16 @@ def with_mass(method: RosenbrockMethod, mass: tuple[tuple[float, ...], ...]) -> 
     return dataclasses.replace(method, mass=np.array(mass))
 
 
-def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> RosenbrockMethod:
+def _rosenbrock(name: str, order: int, error_order: int, **tableau: Any) -> RosenbrockMethod:
     """The tableau of a method, with stage 0 put before the given stages."""
-    given = {name: np.asarray(value) for name, value in given.items()}
+    tableau = {name: np.asarray(value) for name, value in tableau.items()}
 
     def with_first(x):
         return np.concatenate([np.zeros((*x.shape[:-1], 1)), x], axis=-1)
 
-    gamma = float(given["gamma"])
-    square = {name: with_first(with_first(given[name]).T).T for name in ("A", "C")}
-    row = {name: with_first(given[name]) for name in ("b", "c", "d", "b_error")}
+    gamma = float(tableau["gamma"])
+    square = {name: with_first(with_first(tableau[name]).T).T for name in ("A", "C")}
+    row = {name: with_first(tableau[name]) for name in ("b", "c", "d", "b_error")}
     return RosenbrockMethod(
         name=name,
         order=order,
@@ -222,21 +222,21 @@ def _rosenbrock(name: str, order: int, error_order: int, **given: Any) -> Rosenb
         first_same_as_last=False,
         interpolation=None,
         gamma=gamma,
-        dense_output=with_first(given["dense"]),
+        dense_output=with_first(tableau["dense"]),
         **square,
         **row,
     )
 
 
 def _rodas5p() -> RosenbrockMethod:
-    last = [-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256]
-    last = [*last, 0.030198172008377946]
+    last_row = [-7.502846399306121, 2.561846144803919, -11.627539656261098, -0.18268767659942256]
+    last_row = [*last_row, 0.030198172008377946]
     A = np.zeros((8, 8))
     A[1, :1] = 3.0
     A[2, :2] = 2.849394379747939, 0.45842242204463923
     A[3, :3] = -6.954028509809101, 2.489845061869568, -10.358996098473584
     A[4, :4] = 2.8029986275628964, 0.5072464736228206, -0.3988312541770524, -0.04721187230404641
-    A[5:, :5] = last
+    A[5:, :5] = last_row
     A[6:, 5], A[7, 6] = 1.0, 1.0
     C = np.zeros((8, 8))
     C[1, :1] = -14.155112264123755
@@ -259,7 +259,7 @@ def _rodas5p() -> RosenbrockMethod:
     H[1, 4:] = 20.176138334709044, 15.98066361424651, -6.789040303419874, -6.710236069923372
     H[2, :4] = 11.419903575922262, 2.8879645146136994, 72.92137995996029, 80.12511834622643
     H[2, 4:] = -52.072871366152654, -59.78993625266729, -0.15582684282751913, 4.883087185713722
-    b = np.array([*last, 1.0, 1.0, 1.0])
+    b = np.array([*last_row, 1.0, 1.0, 1.0])
     # y + theta (h b k + (1 - theta) h (H_0 + theta H_1 + theta^2 H_2) k)
     dense = np.stack([b + H[0], H[1] - H[0], H[2] - H[1], -H[2]])
     error, gamma = np.eye(8)[7], 0.21193756319429014
