@@ -59,8 +59,8 @@ def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raise unless the value is one of the choices: words, integers and None."""
     kind = isinstance(value, str | int | None) and not isinstance(value, bool)  # True == 1
     if not kind or value not in choices:
-        *some, last = map(repr, choices)
-        raise ValueError(f"{arg(name)} must be {', '.join(some)} or {last}; got {value!r}.")
+        *words, last_word = map(repr, choices)
+        raise ValueError(f"{arg(name)} must be {', '.join(words)} or {last_word}; got {value!r}.")
 
 
 def check_number(name: str, value: Any, *rules: Rule, kind: str = "number") -> None:

@@ -38,11 +38,11 @@ def for_each_number(tree: PyTree, row: PyTree, dtype: jnp.dtype) -> Any:
     try:
         if jax.tree_util.all_leaves([row]) and isinstance(tree, list):
             tree = xp.asarray(tree)
-        parts = jax.tree.leaves(jax.tree.map(spread, tree, row))
+        leaves = jax.tree.leaves(jax.tree.map(spread, tree, row))
     except ValueError as error:
         got, expected = (jax.tree.map(np.shape, tree) for tree in (tree, row))
         raise ValueError(
             f"{arg('atol')} must be a number, or like the state of one row; got shapes {got} where "
             f"it has {expected}. All rows share it."
         ) from error
-    return xp.concatenate([xp.asarray(part, dtype) for part in parts])[None]
+    return xp.concatenate([xp.asarray(leaf, dtype) for leaf in leaves])[None]

@@ -122,16 +122,16 @@ def first_row(
 
 
 def _message(
-    where: str, result: Any, t_reached: Any, found: dict[str, Any], remedies: Remedies
+    where: str, result: Any, t_reached: Any, fault_rows: dict[str, Any], remedies: Remedies
 ) -> str:
     """Describe the first failure among `result` (any shape), reached at `t_reached`.
 
     A time that is not finite is left out. If an argument is at fault, the message is the sentence
-    in `found`, with the rows. `remedies` are what to try where more is known.
+    in `fault_rows`, with its rows. `remedies` are what to try where more is known.
     """
     codes, times = np.atleast_1d(result).ravel(), np.atleast_1d(t_reached).ravel()
     if np.isin(codes, OF_ARGUMENTS).any():
-        for sentence, rows in found.items():
+        for sentence, rows in fault_rows.items():
             if np.any(rows):
                 told = sentence.format(rows=in_rows(rows))
                 several = "{rows}" not in sentence and np.size(rows) > 1
@@ -176,13 +176,13 @@ def nan_or_raise(
         return np.zeros(np.shape(t_reached), t_reached.dtype)
 
     def raise_on_host(codes: np.ndarray, times: np.ndarray, rows: list[Any]) -> np.ndarray:
-        found = dict(zip(sentences, rows, strict=True))  # JAX would sort a dictionary
-        raise SolveError(_message(where, codes, times, found, remedies))
+        fault_rows = dict(zip(sentences, rows, strict=True))  # JAX would sort a dictionary
+        raise SolveError(_message(where, codes, times, fault_rows, remedies))
 
     def fail(codes, times):
         shape = jax.ShapeDtypeStruct(codes.shape, times.dtype)
-        given = (codes, times, list(find().values()))
-        nan = jax.pure_callback(raise_on_host, shape, *given, vmap_method="expand_dims")
+        arguments = (codes, times, list(find().values()))
+        nan = jax.pure_callback(raise_on_host, shape, *arguments, vmap_method="expand_dims")
         return vary(nan, axes_of((codes, times)))
 
     def succeed(codes, times):
@@ -214,8 +214,8 @@ def report_loss(
     remedies: Remedies | None = None,
 ) -> Float[Array, ""]:
     """The loss. If it failed, raises with `throw`, or by default outside transformations."""
-    known = is_known(result)
-    if not (known if throw is None else throw):
+    is_concrete = is_known(result)
+    if not (is_concrete if throw is None else throw):
         return loss
     nan = nan_or_raise(result, t_reached, faults, remedies=remedies)
-    return loss if known else guarded(loss, jnp.all(result == 0), jnp.sum(nan))
+    return loss if is_concrete else guarded(loss, jnp.all(result == 0), jnp.sum(nan))

@@ -80,10 +80,10 @@ def is_eager(value: Any) -> bool:
     return is_known((value, jnp.zeros(())))
 
 
-def in_rows(found: Any) -> str:
+def in_rows(flags: Any) -> str:
     """Count the true rows, and find the first."""
-    found = np.ravel(found)
-    return f"{np.count_nonzero(found)} of {found.size} rows, first in row {np.argmax(found != 0)}"
+    flags = np.ravel(flags)
+    return f"{np.count_nonzero(flags)} of {flags.size} rows, first in row {np.argmax(flags != 0)}"
 
 
 def finite_rows(*leaves: Array) -> Bool[Array, " rows"]:
@@ -275,9 +275,9 @@ SOLVE: tuple[tuple[Rule, tuple[str, ...]], ...] = (
 
 def _of_solve(problem: Any, stepper: Any, **cuts: Float[Array, "times rows"] | None):
     """Each rule of a solve with its values. None of them is None."""
-    found = {"times": None, "breakpoints": None} | vars(stepper) | problem._asdict() | cuts
+    arguments = {"times": None, "breakpoints": None} | vars(stepper) | problem._asdict() | cuts
     for rule, names in SOLVE:
-        values = tuple(found[name] for name in names)
+        values = tuple(arguments[name] for name in names)
         if all(value is not None for value in values):
             yield rule, values, names[0]
 

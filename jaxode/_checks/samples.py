@@ -57,10 +57,10 @@ def check_data(name: str, x: Any, event: tuple[int, ...], least: int, rule: str)
         raise ValueError(f"{arg(name)} {rule}; got {x.shape}.")
     if not is_known(x):
         return x
-    given, dtype = np.asarray(x), floating_dtype(x.dtype)
+    data, dtype = np.asarray(x), floating_dtype(x.dtype)
     with np.errstate(over="ignore"):
-        narrow = given.astype(dtype)
-    lost = (np.isfinite(given) & ~np.isfinite(narrow)).reshape(len(given), -1).any(axis=1)
+        narrow = data.astype(dtype)
+    lost = (np.isfinite(data) & ~np.isfinite(narrow)).reshape(len(data), -1).any(axis=1)
     if lost.any():
         raise ValueError(
             f"{arg(name)} data must fit {dtype}; got larger numbers in {in_rows(lost)}. Rescale "

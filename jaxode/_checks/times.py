@@ -18,11 +18,11 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
     times, do not raise: the start is NaN where the span is lost. See `_lost_times`.
     """
     ragged = [_check_end(name, t, rows) for name, t in (("t0", t0), ("t1", t1))]
-    given = ts
+    exact_ts = ts
     if ts is not None:
         ts = _check_several("ts", ts, dtype, rows)
         ragged.append(ts.ndim == 2)
-    span_lost, ts_lost = _lost_times(t0, t1, given, dtype)
+    span_lost, ts_lost = _lost_times(t0, t1, exact_ts, dtype)
     start, end = as_array(t0, dtype), as_array(t1, dtype)
     if not is_known(span_lost) or np.ndim(span_lost):
         start = jnp.where(span_lost, jnp.nan, start)
@@ -32,9 +32,9 @@ def check_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype, rows: int | None = 
             f"the precision of {dtype}, in which the state is solved. Shift the time, or use "
             "float64 for the state."
         )
-    if ts is not None and not any(ragged) and is_known((t0, t1, given)):
-        _check_order("ts", float(t0), float(t1), np.asarray(given, dtype))
-        _check_kept("ts", ts_lost, given, dtype)
+    if ts is not None and not any(ragged) and is_known((t0, t1, exact_ts)):
+        _check_order("ts", float(t0), float(t1), np.asarray(exact_ts, dtype))
+        _check_not_lost("ts", ts_lost, exact_ts, dtype)
     return start, end, ts, ts_lost
 
 
@@ -42,23 +42,23 @@ def check_observed_times(t0: Any, ts: Any, dtype: jnp.dtype) -> None:
     """Raise if times of observations, `[times]` or `[rows, times]`, are lost in the dtype of the
     state."""
     lost = _lost_times(t0, np.asarray(ts)[..., -1], ts, dtype)
-    _check_kept("ts", any(map(np.any, lost)), ts, dtype)
+    _check_not_lost("ts", any(map(np.any, lost)), ts, dtype)
 
 
 def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int | None = None):
     """The times of jumps in the dtype of the state, with infinity for padding; NaN in rows, and if
     traced, where it loses them."""
     jumps = infinite_padding(jnp, _check_several("jumps", times, dtype, rows))
-    known = is_known((t0, t1, times))
-    xp = np if known else jnp
+    is_concrete = is_known((t0, t1, times))
+    xp = np if is_concrete else jnp
     exact = (np if is_known(times) else jnp).asarray(times, float)  # JAX may round them first
     # Padding is at the end.
     exact = infinite_padding(xp, exact)
-    given = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
-    _, lost = _lost_times(t0, t1, given, dtype)
-    if known and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
-        _check_order("jumps", float(t0), float(t1), np.asarray(given, dtype))
-        _check_kept("jumps", lost, times, dtype)
+    filled = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
+    _, lost = _lost_times(t0, t1, filled, dtype)
+    if is_concrete and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):
+        _check_order("jumps", float(t0), float(t1), np.asarray(filled, dtype))
+        _check_not_lost("jumps", lost, times, dtype)
     return jnp.where(jnp.asarray(lost)[..., None], jnp.nan, jumps)
 
 
@@ -87,12 +87,12 @@ def _check_several(name: str, times: Any, dtype: jnp.dtype, rows: int | None):
     return times
 
 
-def _check_kept(name: str, lost: Any, given: Any, dtype: jnp.dtype) -> None:
+def _check_not_lost(name: str, lost: Any, times: Any, dtype: jnp.dtype) -> None:
     """Raise if known times are lost."""
     if lost:
         raise ValueError(
             f"{arg(name)} times are lost in the precision of {dtype}, in which the state is "
-            f"solved; got {given}. Shift the time, or use float64 for the state."
+            f"solved; got {times}. Shift the time, or use float64 for the state."
         )
 
 
@@ -159,8 +159,8 @@ def _lost_times(t0: Any, t1: Any, ts: Any, dtype: jnp.dtype) -> tuple[Any, Any]:
 def _from_end_to_end(xp: Any, start: Any, ts: Any, end: Any) -> Any:
     """The start, the times `[..., times]` and the end of each row, `[..., times + 2]`."""
     shape = np.broadcast_shapes(start.shape, ts.shape[:-1], end.shape)
-    first, last = (xp.broadcast_to(t, shape)[..., None] for t in (start, end))
-    return xp.concatenate([first, xp.broadcast_to(ts, (*shape, ts.shape[-1])), last], axis=-1)
+    start, end = (xp.broadcast_to(t, shape)[..., None] for t in (start, end))
+    return xp.concatenate([start, xp.broadcast_to(ts, (*shape, ts.shape[-1])), end], axis=-1)
 
 
 def _check_order(name: str, t0: float, t1: float, ts: np.ndarray) -> None:

@@ -89,8 +89,8 @@ def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
         fields = [_Held(x) if _is_held(x) else x for x in vars(value).values()]
         return (type(value), *fields), ()
     # Methods are created at each access.
-    own = value.__func__ if inspect.ismethod(value) else value
-    return id(own), (own, *_contents(value))
+    original = value.__func__ if inspect.ismethod(value) else value
+    return id(original), (original, *_contents(value))
 
 
 def _is_frozen(value: Any) -> bool:
@@ -104,7 +104,7 @@ def _contents(value: Any) -> tuple[Any, ...]:
     if inspect.isfunction(value):
         return tuple(map(_cell_contents, value.__closure__ or ()))
     slots = (vars(base).get("__slots__", ()) for base in type(value).__mro__)
-    names = {name for own in slots for name in ([own] if isinstance(own, str) else own)}
+    names = {name for slot in slots for name in ([slot] if isinstance(slot, str) else slot)}
     names = sorted(names - {"__dict__", "__weakref__"})
     in_slots = (getattr(value, name) for name in names if hasattr(value, name))
     return (*getattr(value, "__dict__", {}).values(), *in_slots)

@@ -221,8 +221,8 @@ def _chosen(flags: Flags, values: list[Any]) -> list[Any]:
 
 def _scattered(flags: Flags, values: Any, otherwise: Any = None) -> Any:
     """The inverse of `_chosen`: `values` where a flag is set."""
-    rest = iter(values)
-    return tuple(next(rest) if flag else otherwise for flag in flags)
+    iterator = iter(values)
+    return tuple(next(iterator) if flag else otherwise for flag in flags)
 
 
 def _value_and_pushed(f: Callable[[Arrays], Any], perturbed: Flags, inputs: Arrays, dots: Arrays):
@@ -261,14 +261,16 @@ def _run(*leaves, program: ClosedJaxpr, **_):
     return jaxpr_as_fun(program)(*leaves)
 
 
-def _parts(leaves, perturbed: Flags, kept: PyTreeDef) -> tuple[Arrays, Arrays, Arrays]:
+def _split(leaves, perturbed: Flags, structure: PyTreeDef) -> tuple[Arrays, Arrays, Arrays]:
     """The inputs, the leaves of the record, and the tangents of what is perturbed."""
-    count, end = len(perturbed), len(perturbed) + kept.num_leaves
+    count, end = len(perturbed), len(perturbed) + structure.num_leaves
     return [*leaves[:count]], [*leaves[count:end]], [*leaves[end:]]
 
 
-def _run_linear(*leaves, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, **_):
-    inputs, _, dots = _parts(leaves, perturbed, kept)
+def _run_linear(
+    *leaves, function: WithSweep, perturbed: Flags, structure: PyTreeDef, lanes: int, **_
+):
+    inputs, _, dots = _split(leaves, perturbed, structure)
 
     def push(dots: Arrays) -> Arrays:
         return _pushed(function.value, perturbed, inputs, dots)
@@ -281,8 +283,8 @@ def _run_linear(*leaves, function: WithSweep, perturbed: Flags, kept: PyTreeDef,
 def _bind_linear(
     function: WithSweep, perturbed: Flags, inputs, record, dots, types, lanes: int = 0
 ):
-    leaves, kept = jax.tree.flatten(record)
-    params = {"function": function, "perturbed": perturbed, "kept": kept}
+    leaves, structure = jax.tree.flatten(record)
+    params = {"function": function, "perturbed": perturbed, "structure": structure}
     return _linear.bind(*inputs, *leaves, *dots, lanes=lanes, types=types, **params)
 
 
@@ -322,18 +324,25 @@ def _recorded(function: WithSweep, perturbed: Flags, inputs: Arrays, outputs: in
 
 
 def _linear_jvp(
-    leaves, tangents, *, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
+    leaves,
+    tangents,
+    *,
+    function: WithSweep,
+    perturbed: Flags,
+    structure: PyTreeDef,
+    lanes: int,
+    types,
 ):
-    inputs, _, dots = _parts(leaves, perturbed, kept)
+    inputs, _, dots = _split(leaves, perturbed, structure)
     params = {
         "function": function,
         "perturbed": perturbed,
-        "kept": kept,
+        "structure": structure,
         "lanes": lanes,
         "types": types,
     }
     out = _linear.bind(*leaves, **params)
-    of_inputs, _, of_dots = _parts(tangents, perturbed, kept)
+    of_inputs, _, of_dots = _split(tangents, perturbed, structure)
     along_inputs = tuple(not _is_still(dot) for dot in of_inputs)
     along_dots = tuple(not _is_still(dot) for dot in of_dots)
     if not any(along_inputs):
@@ -352,10 +361,10 @@ def _linear_jvp(
 
 
 def _linear_transpose(
-    bars, *leaves, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
+    bars, *leaves, function: WithSweep, perturbed: Flags, structure: PyTreeDef, lanes: int, types
 ):
     del types
-    inputs, record, dots = _parts(leaves, perturbed, kept)
+    inputs, record, dots = _split(leaves, perturbed, structure)
     nothing = [None] * (len(leaves) - len(dots))
     touched = tuple(not _is_still(bar) for bar in bars)
     if not any(touched):
@@ -364,7 +373,7 @@ def _linear_transpose(
             *(ad.Zero(dot.aval) if ad.is_undefined_primal(dot) else None for dot in dots),
         ]
     bars = _chosen(touched, bars)
-    swept = sweep_of(function, perturbed, touched, inputs, kept.unflatten(record), bars, lanes)
+    swept = sweep_of(function, perturbed, touched, inputs, structure.unflatten(record), bars, lanes)
     # A tangent that is zero, but not known to be, is no unknown of the transpose.
     by_dot = (
         bar if ad.is_undefined_primal(dot) else None for bar, dot in zip(swept, dots, strict=True)
@@ -405,16 +414,24 @@ def _value_batched(over, leaves, axes, *, program, function: WithSweep, inputs: 
 
 
 def _linear_batched(
-    over, leaves, axes, *, function: WithSweep, perturbed: Flags, kept: PyTreeDef, lanes: int, types
+    over,
+    leaves,
+    axes,
+    *,
+    function: WithSweep,
+    perturbed: Flags,
+    structure: PyTreeDef,
+    lanes: int,
+    types,
 ):
     size, named = over.size, over.name is not no_axis_name
     leaves, axes = _to_front(leaves, axes)
-    inputs, record, dots = _parts(leaves, perturbed, kept)
-    of_inputs, of_record, of_dots = _parts(axes, perturbed, kept)
+    inputs, record, dots = _split(leaves, perturbed, structure)
+    of_inputs, of_record, of_dots = _split(axes, perturbed, structure)
     dots = [_spread(dot, axis, size) for dot, axis in zip(dots, of_dots, strict=True)]
     if not named and all(axis is None for axis in of_inputs + of_record):
         types = tuple(_with_axis(one, size, 0) for one in types)
-        record = kept.unflatten(record)
+        record = structure.unflatten(record)
         out = _bind_linear(function, perturbed, inputs, record, dots, types, lanes + 1)
         return out, [0] * len(out)
     wide = [
@@ -426,7 +443,7 @@ def _linear_batched(
         for x, axis, new in zip(inputs, of_inputs, wide, strict=True)
     ]
     record = [_spread(x, axis, size) for x, axis in zip(record, of_record, strict=True)]
-    record = kept.unflatten(record)
+    record = structure.unflatten(record)
     dots = [jnp.moveaxis(dot, 0, lanes) for dot in dots]
     types = tuple(_with_axis(one, size, lanes) for one in types)
     out = _bind_linear(function.mapped(wide, over), perturbed, inputs, record, dots, types, lanes)

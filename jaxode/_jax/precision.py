@@ -44,9 +44,9 @@ def _rule(rule, precision, *args):
 @linear_util.transformation2
 def _program(rule, precision, *args):
     with jax.default_matmul_precision(precision):
-        jaxpr, *rest = rule(*args)
+        jaxpr, *others = rule(*args)
     # Second derivatives have rules inside the program of a rule.
-    return _of_value(jaxpr, precision), *rest
+    return _of_value(jaxpr, precision), *others
 
 
 # Parameters of a call to a function with custom rules: functions that return a rule as a program,

@@ -75,9 +75,9 @@ ad.primitive_transposes[_tangent] = _tangent_transpose
 
 def reverse_only(tree: T, message: str) -> T:
     """The same arrays. Computing a tangent of them raises a `TypeError` with this message."""
-    guarded, rest = eqx.partition(tree, eqx.is_inexact_array)
+    guarded, others = eqx.partition(tree, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(guarded)
-    return eqx.combine(structure.unflatten(_reverse.bind(*leaves, message=message)), rest)
+    return eqx.combine(structure.unflatten(_reverse.bind(*leaves, message=message)), others)
 
 
 def first_derivatives_only(tree: T, message: str) -> T:

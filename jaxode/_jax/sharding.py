@@ -125,8 +125,8 @@ def of_device(x: Shaped[Array, "batch ..."], axes: tuple[Any, ...]) -> Shaped[Ar
     """The rows of this device, in the order of the devices."""
     if not axes:
         return x
-    parts = x.reshape(jax.lax.psum(1, axes), -1, *x.shape[1:])
-    return parts[jax.lax.axis_index(axes)]
+    blocks = x.reshape(jax.lax.psum(1, axes), -1, *x.shape[1:])
+    return blocks[jax.lax.axis_index(axes)]
 
 
 def mean_over(tree: T, axes: tuple[Any, ...]) -> T:

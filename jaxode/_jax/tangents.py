@@ -100,19 +100,24 @@ def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
     """
     leaves, structure = jax.tree.flatten(x)
     arrays, static = eqx.partition(inputs, eqx.is_array)
-    given, of_inputs = jax.tree.flatten(arrays)
+    input_leaves, input_structure = jax.tree.flatten(arrays)
     count = len(leaves)
 
     def of_leaves(primals, dots):
-        inputs = eqx.combine(jax.tree.unflatten(of_inputs, primals[count:]), static)
+        inputs = eqx.combine(jax.tree.unflatten(input_structure, primals[count:]), static)
         trees = [
-            (jax.tree.unflatten(structure, of[:count]), *rest)
-            for of, rest in ((primals, inputs), (dots, jax.tree.unflatten(of_inputs, dots[count:])))
+            (jax.tree.unflatten(structure, values[:count]), *input_values)
+            for values, input_values in (
+                (primals, inputs),
+                (dots, jax.tree.unflatten(input_structure, dots[count:])),
+            )
         ]
         # Among the leaves, None is a tangent of zero; elsewhere it is a part of the structure.
         return structure.flatten_up_to(tangent(*trees))
 
-    return jax.tree.unflatten(structure, _moved.bind(*leaves, *given, rule=of_leaves, count=count))
+    return jax.tree.unflatten(
+        structure, _moved.bind(*leaves, *input_leaves, rule=of_leaves, count=count)
+    )
 
 
 _moved = Primitive("with_tangent")

@@ -53,8 +53,8 @@ def plain(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
 
 def one_by_one(f: Callable[..., T], mapped: tuple[PyTree, ...], *args: PyTree) -> T:
     """Run one problem after the other, in a loop."""
-    own, shared = eqx.partition(args, mapped)
-    return jax.lax.map(lambda one: f(*eqx.combine(one, shared)), own)
+    mapped_args, shared = eqx.partition(args, mapped)
+    return jax.lax.map(lambda one: f(*eqx.combine(one, shared)), mapped_args)
 
 
 _call = Primitive("with_vmap_rule")
