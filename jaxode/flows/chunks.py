@@ -119,8 +119,8 @@ def _one_by_one(
         chunk = jax.tree.map(lambda leaf: leaf[i], rows)  # noqa: B023
         yield jax.block_until_ready(_one(program, whole, integrands_and_base, chunk))
         if told is not None:
-            done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
-            text = f"\r{caller()}: {done:,} of {told:,} rows, {seconds:.0f} s "
+            rows_done, seconds = (i + 1) * told // chunks, time.perf_counter() - begin
+            text = f"\r{caller()}: {rows_done:,} of {told:,} rows, {seconds:.0f} s "
             print(text, end="" if i + 1 < chunks else "\n", file=sys.stderr, flush=True)
 
 

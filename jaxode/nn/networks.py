@@ -161,7 +161,7 @@ class _Network(Network):
         shapes = [(outputs, sizes[-1])]
         for a, b in itertools.pairwise(sizes):
             shapes += [(b, a), (2 + context_size, b), (1 + context_size, b)]
-        last, *drawn = draws(check_key(key), tuple(shapes))
+        output_weight, *drawn = draws(check_key(key), tuple(shapes))
 
         def timed(i):
             return i == 0 or self.time_in_every_layer
@@ -172,7 +172,7 @@ class _Network(Network):
                 zip(drawn[::3], drawn[1::3], drawn[2::3], strict=True)
             )
         )
-        self.weight = last * (0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1]))
+        self.weight = output_weight * (0.1 * math.sqrt(size / outputs) / math.sqrt(sizes[-1]))
         self.bias = jnp.zeros(outputs)
         timed_output = self.time_in_output or not (self.hidden or self.scalar_output)
         self.shift = jnp.zeros((1 + context_size, outputs)) if timed_output else None

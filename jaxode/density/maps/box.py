@@ -46,8 +46,8 @@ class Box(Support):
         of_half = jnp.where(below, -u, u)
         log_det = jnp.where(bounded, of_logit, jnp.where(half_bounded, of_half, 0.0))
         # Rounding must not leave the support.
-        first, last = constants_like((self.low, self.high), u)
-        return jnp.clip(x, _beside(first, last), _beside(last, first)), jnp.sum(log_det)
+        lowest, highest = constants_like((self.low, self.high), u)
+        return jnp.clip(x, _beside(lowest, highest), _beside(highest, lowest)), jnp.sum(log_det)
 
     def spares(self, columns):
         bounds = self.low, self.high

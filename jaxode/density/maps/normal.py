@@ -60,18 +60,18 @@ class Monotone(Map):
     def _around(self, value: Array, knots: Numbers):
         """The knots on both sides of each value: their `x`, `z` and slope."""
         inner = constants_like(knots[..., 1:-1], value)
-        left = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
+        index = jnp.sum(value[..., None] >= inner, axis=-1, keepdims=True)
         # A repeated last knot is no interval.
         last_interval = jnp.sum(
             inner < constants_like(knots[..., -1:], value), axis=-1, keepdims=True
         )
-        left = jnp.minimum(left, last_interval)
+        index = jnp.minimum(index, last_interval)
 
         def at(leaf, i):
             return jnp.take_along_axis(leaf, i, axis=-1)[..., 0]
 
         leaves = constants_like((self.x, self.z, self.slope), value)
-        return tuple((at(leaf, left), at(leaf, left + 1)) for leaf in leaves)
+        return tuple((at(leaf, index), at(leaf, index + 1)) for leaf in leaves)
 
 
 def _between(value, low, high):

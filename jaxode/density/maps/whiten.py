@@ -52,7 +52,7 @@ def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
             f"covariance of columns {column_list(involved)}. Leave one of them out."
         )
     root = np.sqrt(variances)
-    matrix, back = (directions * part @ directions.T for part in (1 / root, root))
+    matrix, back = (directions * scale @ directions.T for scale in (1 / root, root))
     log_det = -np.sum(np.log(root))
     return Chain((affine.fit(data), Linear(matrix, back, log_det)))
 
@@ -72,5 +72,5 @@ def dependent_columns(variances: np.ndarray, directions: np.ndarray) -> list[int
 
 def column_list(columns: Sequence[int] | np.ndarray) -> str:
     """Up to ten column numbers, and how many more there are."""
-    more = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
-    return ", ".join(map(str, columns[:10])) + f"{more} (counting from 0)"
+    suffix = f" and {len(columns) - 10} more" if len(columns) > 10 else ""
+    return ", ".join(map(str, columns[:10])) + f"{suffix} (counting from 0)"
