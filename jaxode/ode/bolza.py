@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
 
 
 class Settings(eqx.Module):
-    """What is not differentiated."""
+    """The settings of an objective, which are not differentiated."""
 
     stepper: Stepper
     adjoint: Any = eqx.field(static=True)
@@ -62,12 +62,12 @@ class Settings(eqx.Module):
     def constant(
         cls, stepper: Stepper, adjoint: Any, coefficients: Float[Array, " costs"]
     ) -> "Settings":
-        """The settings, with constants in place of what the stepper could be differentiated by."""
+        """The settings, with a stepper that has no derivatives."""
         return cls(undifferentiated(stepper), adjoint, coefficients)
 
 
 class RowValues(NamedTuple):
-    """The values of the rows. One that failed with weight zero has the values of another one."""
+    """The values of the rows. A failed row of weight zero has the values of another row."""
 
     terminal: Float[Array, " batch"]
     """The payoff of the end state."""

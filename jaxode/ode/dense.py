@@ -56,8 +56,8 @@ class Interpolant(eqx.Module):
                 f"t1={float(self.t1[0])!r}; got {np.asarray(t)[~np.asarray(inside)][0]}. Extend "
                 "the solve."
             )
-        # At times outside, powers of which may be infinite, nothing is evaluated. A row without a
-        # start has its steps at zero.
+        # Times outside, whose powers may be infinite, are replaced by the start. The steps of a row
+        # with a NaN start are at zero.
         start = jnp.where(jnp.isnan(self.t0), 0, self.t0)[None]
         path = self._path
         if derivative:  # each row depends only on its own time
@@ -76,7 +76,7 @@ class Interpolant(eqx.Module):
         return states if several else jax.tree.map(lambda x: x[0], states)
 
     def _on_rows(self, t: Any) -> tuple[Float[Array, "times rows"], bool]:
-        """The times of each row, and whether several were given."""
+        """The times of each row, and whether `t` has an axis of times."""
         rows = len(self.t0)
         check_real_times("t", t)
         t = jnp.asarray(t, self.t0.dtype)

@@ -94,7 +94,7 @@ def solve_to_event(
     out = adjoint.integrate(problem, dataclasses.replace(stepper, stop=crossing))
     problem = ended(problem, out)
     t1, y1 = _moved(condition, out.stopped, problem, out)
-    # With the derivatives of a failed row, which are NaN.
+    # The time of a failed row is NaN, and so are its derivatives.
     failed = out.result != Result.SUCCESS
     t1 = jnp.where(failed, jnp.sum(y1, axis=1).astype(t1.dtype), t1)
     return problem._replace(t1=t1), out._replace(y1=y1)
@@ -111,16 +111,16 @@ def _moved(condition: Callable[..., Array], came, problem: InitialValueProblem, 
 
 
 def _at_zero(end, *inputs):
-    """The time of the zero and the state there, whose value is the state at that fixed time.
+    """The time of the zero and the state there, with derivatives by the implicit function theorem.
 
-    The implicit function theorem. Without a slope, there is no derivative.
+    Where the condition has no slope along the solution, they have no derivatives.
     """
 
     def tangent(primals, dots):
         (end, *inputs), ((_, y_dot), *dots) = primals, dots
         (condition, field, came), (t, y) = inputs, end
         time, state = _at_zero(end, *inputs)
-        # Zero, but it has derivatives. The state at the fixed time `t + after` neglects its square.
+        # This is zero, but has derivatives. The state at `t + after` is right to first order in it.
         after = first_derivatives_only(time - t, UP_TO_SECOND)[:, None].astype(y.dtype)
 
         def at_fixed_time(condition, field, y):
@@ -137,7 +137,7 @@ def _at_zero(end, *inputs):
             (jnp.ones_like(time), slope),
         )
         rate = jnp.where(came, jnp.where(rate == 0, jnp.nan, rate), 1)
-        # Without a slope, the time is unknown also where the condition does not depend on the
+        # Without a slope, the time has no derivative even if the condition does not depend on the
         # state.
         t_dot = -(value_dot + 0 * jnp.sum(y_dot, axis=1).astype(rate.dtype)) / rate
         return t_dot.astype(t.dtype), y_dot + t_dot[:, None].astype(state.dtype) * slope

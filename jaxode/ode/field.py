@@ -1,4 +1,4 @@
-"""The user's vector field: what it may offer, who asks it for that, and the place that calls it."""
+"""The user's vector field: the methods that it may have, and the place that calls it."""
 
 import inspect
 from collections.abc import Callable
@@ -153,7 +153,7 @@ def check_field(name: str, f: Any, call: str) -> None:
 def _first_two(f: Callable[..., Any]) -> list[str]:
     """The names of the first two parameters by position, as far as Python knows."""
     try:
-        # Not those of what it wraps, which may have another order.
+        # A function that it wraps may have its parameters in another order.
         parameters = list(inspect.signature(f, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):
         return []
@@ -176,7 +176,7 @@ def call_field(
     call: str = "(t, y, args)",
     row: PyTree = None,
 ) -> Any:
-    """`f(t, y, args)`, with what is given for its `row`.
+    """`f(t, y, args)`, or `f(t, y, (args, row))` if there is a `row`.
 
     An error inside `f` says what `f` was called with.
     """

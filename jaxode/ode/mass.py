@@ -21,7 +21,7 @@ from jaxode.ode.solvers.rosenbrock import Rodas5P
 
 # A singular value up to this part of the largest counts as zero, in units of rows and columns.
 ZERO_SINGULAR_VALUE = 1e-10
-MOST_TOLERANCES_OFF = 100.0  # by which the start may miss the algebraic equations
+MOST_TOLERANCES_OFF = 100.0  # tolerances by which the start may miss the algebraic equations
 
 
 def check_mass(mass: Any, options: Any, y0: PyTree, batch: Any, **others: Any) -> Any:
@@ -83,7 +83,7 @@ def check_consistent(f, y0: PyTree, t0: Any, args: Any, row_args: Any, options: 
             f"1); they do not in {in_rows(degenerate)}. Differentiate the constraint by time, as "
             "for a pendulum, until it contains them."
         )
-    # By Newton's step, in units of the state.
+    # Newton's step says how far the state is off, in its own units.
     inverse = right_null @ (
         np.linalg.inv(block) / np.swapaxes(columns, 1, 2) / np.swapaxes(rows, 1, 2)
     )
@@ -114,7 +114,7 @@ def _limit(options: Any, y0: PyTree, batch: Any, size: Any, terms: Any, dtype: A
 
 
 def _null_spaces(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which sums of equations have no derivative, and which changes of the state none notices.
+    """The sums of equations without derivatives, and the changes of the state in the null space.
 
     Equations and states may have any units: a small diagonal entry is no algebraic equation.
     """

@@ -27,7 +27,7 @@ from jaxode.ode.solvers.rosenbrock import with_mass
 
 PRECISIONS = ("highest", "high", "default")
 NO_LIMIT = 2**31 - 1  # steps are counted in int32
-FEW_ROUNDINGS = 4  # below which a relative tolerance measures rounding
+FEW_ROUNDINGS = 4  # a relative tolerance below so many roundings measures rounding
 
 
 class SolveOptions(eqx.Module):
@@ -136,7 +136,7 @@ class SolveOptions(eqx.Module):
             check_breakpoints(self.breakpoints)
 
     def stepper(self, dtype: jnp.dtype, row: PyTree[jax.ShapeDtypeStruct]) -> Stepper:
-        """The settings of the loop for states of which this is one row, solved in `dtype`."""
+        """The settings of the loop for states with rows such as `row`, solved in `dtype`."""
 
         def value(x: Any) -> Any:
             return None if x is None else jax.lax.stop_gradient(as_array(x, dtype))

@@ -81,7 +81,7 @@ class Cuts(NamedTuple):
     jumps: Bool[Array, "cuts rows"]
     """Whether the state changes there."""
     counted: Bool[Array, "cuts rows"]
-    """Whether it is no padding."""
+    """False for padding."""
 
     @classmethod
     def of_problem(cls, problem: InitialValueProblem, times=None, breakpoints=None) -> "Cuts":
@@ -133,8 +133,8 @@ class Pieces(NamedTuple):
         problem, cuts = self.problem, self.cuts.then(self.problem.t1)
         problem, cuts, valid = vary_alike((problem, cuts, valid))
         numbers = jnp.arange(len(cuts.times) + self.most, dtype=jnp.int32)
-        # Solved again on the way back: the tapes of all pieces would be written and kept, which
-        # takes as long, or longer, and ten times the memory.
+        # Pieces are solved again on the way back. To keep the tapes of all of them would take as
+        # long, or longer, and ten times the memory.
         piece = jax.checkpoint(self._replace(problem=problem, cuts=cuts)._piece, prevent_cse=False)
         start = vary_alike((_Carry.start(problem, valid), numbers))
         end, (trajectory, piece_ends, ended) = jax.lax.scan(piece, *start)
@@ -167,7 +167,7 @@ class Pieces(NamedTuple):
         # Rows that reached their end stop. Failed rows go on, so that gradients by later times are
         # NaN.
         rests = ~carry.going & (result == Result.SUCCESS)
-        # After a change, the step size says nothing, nor does that of an empty piece.
+        # A step size from before a change, or from an empty piece, says nothing about the next one.
         h = jax.lax.stop_gradient(out.h)
         h = jnp.where(cut.counted & (h != 0), h, carry.h)
 
@@ -201,7 +201,7 @@ class Pieces(NamedTuple):
         start = jnp.where(result == Result.SUCCESS, carry.t, jnp.nan)
         part, inside = problem._replace(y0=carry.y, t0=start, t1=end), None
         if problem.piece is not None:  # with breakpoints, whose pieces go on with the same step
-            # An empty piece between a jump and a breakpoint at the same time lies before that.
+            # Between a jump and a breakpoint at the same time, an empty piece lies before them.
             before = jnp.sign(problem.t1 - problem.t0) * 8 * jnp.finfo(end.dtype).eps * jnp.abs(end)
             first = (carry.t == end) & cut.counted & ~cut.jumps
             first = jnp.where(first, end - before, carry.t)

@@ -46,8 +46,10 @@ class Root(NamedTuple):
 
 
 class Equilibrated(NamedTuple):
-    """A matrix as one with rows and columns of size one, and their sizes: rates and states may have
-    any units."""
+    """A matrix that is scaled to rows and columns of size one, and their sizes.
+
+    Rates and states may have any units.
+    """
 
     matrix: Float[Array, "n n"]
     rows: Float[Array, "n 1"]
@@ -61,7 +63,7 @@ class Equilibrated(NamedTuple):
 
     @property
     def singular(self) -> Bool[Array, ""]:
-        """Whether it is, up to rounding."""
+        """Whether the matrix is singular, up to rounding."""
         matrix = jnp.where(jnp.isfinite(self.matrix), self.matrix, 0.0)
         values = jnp.linalg.svd(matrix, compute_uv=False)
         return values[-1] <= values[0] * len(values) * 10 * jnp.finfo(values.dtype).eps
@@ -87,7 +89,7 @@ def _largest(matrix: Float[Array, "n n"], axis: int) -> Array:
 
 
 def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> Float[Array, " n"]:
-    """How large each number of the state becomes, in powers of two: one of a crude path to `t1`.
+    """How large each number of the state becomes on a crude path to `t1`, as powers of two.
 
     A number that ends near zero, such as a velocity, is as large as what the others that move it
     would bring in its own time.
@@ -96,8 +98,8 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
     def step(carry, h):
         y, peak = carry
         moved = Equilibrated.of_matrix(jnp.eye(len(y), dtype=y.dtype) / h - jax.jacfwd(rates)(y))
-        # A matrix that is nearly singular would move it further. The end of a long chain that was
-        # empty is next to nothing at first, and may go anywhere.
+        # A nearly singular matrix would move a number too far. One that is next to nothing so far,
+        # such as the end of a long chain that was empty, may go anywhere.
         some = peak > jnp.finfo(y.dtype).eps ** 2 * jnp.max(peak, initial=0.0)
         far = jnp.where(some, CREEP**3 * peak, jnp.inf)
         to = y + jnp.clip(moved.solve(rates(y)), -far, far)
@@ -121,7 +123,7 @@ def natural_sizes(rates: Rates, y: Float[Array, " n"], t1: Float[Array, ""]) -> 
 def find_root(
     rates: Rates, y_start: Float[Array, " n"], size: Float[Array, " n"], rtol: Any, atol: Any
 ) -> Root:
-    """Newton's method, which has no derivatives."""
+    """Find a root by Newton's method, without derivatives."""
     info = jnp.finfo(y_start.dtype)
 
     def step(carry):
@@ -155,8 +157,8 @@ def implicit(
 ) -> Float[Array, " n"]:
     """`at`, a root of `rates(y, inputs)`, with derivatives by the inputs. NaN unless it is `ok`.
 
-    All derivatives of what is not `ok` are NaN, and zero where nothing depends on it, as those of a
-    failed solve.
+    As for a failed solve, all derivatives are NaN unless it is `ok`, or zero where nothing depends
+    on it.
     """
 
     def solve(linear, b):
@@ -166,7 +168,7 @@ def implicit(
 
     used = undifferentiated_unless(ok, inputs)
     root = jax.lax.custom_root(lambda y: rates(y, used), at, lambda _, at: at, solve)
-    # Zero, with a derivative by each of the inputs.
+    # A zero that has a derivative by each of the inputs.
     moved = (x - jax.lax.stop_gradient(x) for x in jax.tree.leaves(inputs) if _has_tangent(x))
     touched = sum((jnp.sum(x).astype(at.dtype) for x in moved), jnp.zeros((), at.dtype))
     return nan_everywhere_unless(ok, root + jnp.where(ok, 0.0, touched))

@@ -41,7 +41,7 @@ def run(system: System) -> Solution:
     ys = None
     if out.ys is not None:
         ys = padded(problem_to_end, out.ys)
-        if out.stopped is not None:  # beyond the event, they are its state
+        if out.stopped is not None:  # outputs beyond the event have its state
             after = out.stopped[None] & beyond(problem, problem_to_end.t1)
             ys = jnp.where(after[..., None], out.y1[None], ys)
         ys = jax.vmap(ravel.back)(ys)

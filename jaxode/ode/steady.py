@@ -35,7 +35,7 @@ REMEDIES = {
         "bifurcation or a drift."
     ),
 }
-SETTLING_RTOL = 1e-3  # of the solve, whose end Newton's method improves
+SETTLING_RTOL = 1e-3  # of the solve to a settled state, which Newton's method improves
 
 
 class SteadyState(NamedTuple):
@@ -218,7 +218,7 @@ def _improved_row(field: _Row, limits, args, start, settled_state, size, row):
         f, *f_args = inputs
         return f(y, *f_args)
 
-    # A number that is no array stays out of the inputs, which are compared: NaN is not itself.
+    # Only arrays are inputs: JAX compares the rest, and NaN differs from itself.
     arrays, others = eqx.partition(args, eqx.is_array)
 
     def rates_of(y, arrays, row):
@@ -236,6 +236,6 @@ def _improved_row(field: _Row, limits, args, start, settled_state, size, row):
     solve_failed = (result != Result.SUCCESS) & (result != Result.MAX_STEPS_REACHED)
     code = jnp.where(solve_failed, result, code).astype(result.dtype)
     ok = code == Result.SUCCESS
-    # Where it was not found, a state at which the derivatives of `f` should be finite.
+    # A failed row takes the start, where the derivatives of `f` should be finite.
     y = implicit(rates, jnp.where(ok, root.y, start), ok, inputs)
     return field.unravel(y), code, jnp.where(ok, root.jacobian, jnp.nan)

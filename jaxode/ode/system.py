@@ -240,8 +240,10 @@ def _rows_jacobian(system: System, ravel: Ravel):
 
 
 def _on_rows(system: System, ravel: Ravel, of_sample: Callable[..., PyTree]):
-    """A function of one sample as `(t, y, args)` on rows of the solver: of one system, of one
-    batch, or with a time for each."""
+    """A function of one sample as one of `(t, y, args)` on rows of the solver.
+
+    The rows are one system, one batch, or samples with a time for each.
+    """
 
     def call(t, y, args):
         (shared, row_args), y = args, ravel.back(y)

@@ -101,20 +101,20 @@ class BacksolveAdjoint(ReverseAdjoint):
         return stepper.controlled(**tolerances)
 
     def record(self, problem: InitialValueProblem, stepper: Stepper) -> tuple[Integration, None]:
-        """Solve the problem, and keep nothing of the way."""
+        """Solve the problem without a record of its steps."""
         return integrate(problem, stepper)[0], None
 
     def _solved_back(self, solved: Solved, bar: Integration) -> tuple[Progress, PyTree]:
         """The adjoint solve. The first half of its state is that of the problem."""
         problem, integration = solved.problem, solved.integration
         ended, name = without_cotangent(bar, problem.t0), solved.stepper.axis_name
-        if name is not None:  # devices that take the same steps rest together
+        if name is not None:  # a row rests if its cotangent is zero on all devices
             ended = vary(jax.lax.pmin(ended.astype(jnp.int32), name), axes_of(ended)) == 1
         ys = None if integration.ys is None else padded(problem, integration.ys)
         # A row on which nothing depends stays at the end, where its cotangent is zero.
         masked = ~solved.ok | ended
         y1_bar = instantiate_zeros(bar.y1, problem.y0)
-        # The state restarts at outputs in any case.
+        # The state restarts at outputs even if nothing depends on them.
         ys_bar = None if ys is None else instantiate_zeros(bar.ys, ys)
         restarts = _Restarts(integration.y1, ys, integration.h, masked, y1_bar, ys_bar)
         without_field = problem._replace(field=None, args=None)
@@ -202,7 +202,7 @@ def _backward(out: Integration, bar: Integration, perturbed, problem, stepper, a
 
 
 class _Restarts(NamedTuple):
-    """The starts and restarts of the backward solve, and the rows without any."""
+    """Where the backward solve starts and restarts, and the rows that it leaves out."""
 
     y1: Float[Array, "samples n"]
     ys: Float[Array, "times samples n"] | None
@@ -233,8 +233,10 @@ def _adjoint_field(of_field: tuple[PyTree, PyTree, Any], t, state, weight):
 
 
 def _moved_by_ends(x, start, end, of_field):
-    """The state and quadrature after a segment. An empty one takes no step that would move them
-    with its ends, as that between `t1` and an output there."""
+    """Let the state and the quadrature move with the ends of an empty segment.
+
+    Such a segment, as between `t1` and an output at `t1`, takes no step that would move them.
+    """
 
     def tangent(primals, dots):
         ((state, _), start, end, of_field), (moved, start_dot, end_dot, _) = primals, dots
@@ -322,7 +324,7 @@ def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
         return field(state.t + c[i] * h, z, weight)
 
     def add_used(i, quadrature, integrand):
-        # A stage of weight zero got another weight, because its derivative is needed.
+        # A stage of weight zero was evaluated with another weight for the sake of its derivative.
         used = b[i] != 0
         return jax.tree.map(lambda q, dq: q + used.astype(q.dtype) * dq, quadrature, integrand)
 
@@ -343,8 +345,8 @@ def _stages(field: AdjointField, stepper: Stepper, state: Progress, before, h):
                 return jnp.where(accept[0], new, old)
 
             return jax.tree.map(keep, quadrature, before)
-        # The quadrature sums over rows, so rejected rows must be known beforehand: zero times their
-        # integrand is no way out, as it may not be finite.
+        # The quadrature sums over rows, so it leaves out rejected rows from the beginning. Zero
+        # times their integrand would not do: it may not be finite.
         accepted_h, accepted_k = jnp.where(accept, h, 0.0), jnp.where(accept[:, None], k, 0.0)
 
         def again(i, q):

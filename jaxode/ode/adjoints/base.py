@@ -64,11 +64,11 @@ class Adjoint:
 
 
 class Solved(NamedTuple):
-    """A solve on the way back. Rows that failed, or took no step, and on which nothing depends are
-    masked.
+    """A recorded solve, for the backward pass.
 
-    Problem and end states have the first successful row in place of each. The field sees their
-    start instead of recorded steps, which may not be finite.
+    Rows that failed or took no step are masked if nothing depends on them. In `problem` and
+    `integration`, the first successful row replaces each of them. The field is evaluated at its
+    start, because the recorded steps of a masked row may not be finite.
     """
 
     problem: InitialValueProblem
@@ -141,16 +141,16 @@ class Solved(NamedTuple):
         return self.slope(params)(t, y)
 
     def finite(self, t: Float[Array, " rows"], y: Float[Array, "samples n"]):
-        """The time and state, or the start in rows that are masked."""
+        """Replace the time and the state by those of the start in masked rows."""
         if one_row(self.masked):
             return t, y
         problem, masked = self.problem, self.masked
         return jnp.where(masked, problem.t0, t), jnp.where(masked[:, None], problem.y0, y)
 
     def mask(self, bars: InitialValueProblem, valid: Float[Array, " rows"]) -> InitialValueProblem:
-        """The cotangents times `valid`: per row, and for shared leaves over the rows they share.
+        """Multiply cotangents by `valid` of their row, or of all rows that share a leaf.
 
-        Those of masked rows are zero, and so are shared ones if no other row is left.
+        Cotangents of masked rows are zero, and so are those of leaves that only masked rows share.
         """
 
         def per_row(x):
@@ -198,7 +198,7 @@ class ReverseAdjoint(Adjoint):
     def record(
         self, problem: InitialValueProblem, stepper: Stepper
     ) -> tuple[Integration, Trajectory | None]:
-        """Solve the problem, with what the backward pass needs."""
+        """Solve the problem, and record what the backward pass needs."""
         return integrate(problem, stepper, self.checkpoints)
 
     def pull_back(self, solved: Solved, bar: Integration) -> tuple[InitialValueProblem, Any]:
@@ -219,7 +219,7 @@ class ReverseAdjoint(Adjoint):
             problem: InitialValueProblem,
             stepper: Stepper,
         ):
-            # Over an empty span, too, the field need not be finite.
+            # A row that took no step may start where the field is not finite.
             out = recorded[0]
             useless = (out.result != Result.SUCCESS) | (out.stats.num_accepted == 0)
             masked = without_cotangent(bar, problem.t0) & useless

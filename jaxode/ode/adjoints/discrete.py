@@ -104,7 +104,7 @@ def _of_steps(steps_bar: Trajectory, outputs: Any):
 
 def _of_outputs(method: Method, outputs: OutputBars, timed: bool):
     """For `Sweep.interior`: pulls the cotangents of the outputs in a step back to its start and
-    stages. It carries how many outputs are left, and the cotangents of their times."""
+    stages. It carries the number of outputs up to the step, and the cotangents of their times."""
 
     def interior(step: Step, number, bar: Step, params_bar, carry):
         whole, pull_curve = jax.vjp(lambda step: Curve.of_step(method, step), step)

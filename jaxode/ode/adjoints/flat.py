@@ -96,7 +96,7 @@ def pulled_back(
 
 
 def undifferentiated(stepper: Stepper) -> Stepper:
-    """The settings, by which nothing is differentiated."""
+    """The settings without derivatives."""
     return jax.tree.map(jax.lax.stop_gradient, stepper)
 
 

@@ -74,7 +74,8 @@ def _replay(solved: Solved, times, count: int, checkpoints: Checkpoints, stop: I
     field, method = solved.slope(solved.params), solved.stepper.method
     start, y, k, has_stages = checkpoints.latest_before(stop)
     spacing = checkpoints.spacing(start, stop)
-    # With zero stages, the previous step leads to this state. The first iteration evaluates them.
+    # Without kept stages, begin one step earlier with stages of zero: that step ends at the same
+    # state, at which the first iteration evaluates the stages.
     index = start - 1 + has_stages.astype(start.dtype)
     none = jnp.zeros((count, *y.shape), y.dtype)
     k = none if k is None else jnp.where(has_stages, k[:count], none)

@@ -86,11 +86,11 @@ class Sweep(NamedTuple):
     def _step(self, step: Step, number, swept: Swept) -> Swept:
         masked, problem = self.solved.masked, self.solved.problem
         if not one_row(masked):
-            # A row that has come to its end waits there, where the field need not be finite.
+            # A row that has reached its end waits there, where the field need not be finite.
             waits = (step.h == 0) & (step.t == problem.t1) & (problem.t0 != problem.t1)
             masked = masked | waits
             if self.solved.timed or self.method.implicit:
-                # Derivatives by times, and by a Jacobian, are products with the stages.
+                # Derivatives by times or of a Jacobian multiply stages, which may not be finite.
                 step = step._replace(k=jnp.where(masked[:, None], 0.0, step.k))
         at_step = self._replace(solved=self.solved._replace(masked=masked))
         bar, params_bar, carry = jax.tree.map(jnp.zeros_like, step), swept.params, swept.interior

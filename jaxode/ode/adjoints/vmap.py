@@ -26,7 +26,7 @@ Solver = Callable[[InitialValueProblem, Stepper], Integration]
 
 # An evaluation of this many numbers keeps a CPU busy. Measured: benchmarks/NOTES.md.
 BUSY_WORK = 20_000
-# The gradient by values that problems share is computed with a copy of them in each row, up to so
+# For the gradient of each problem, values that problems share are copied to each row, up to this
 # many numbers.
 MOST_COPIED = 64
 # Fields of a problem with an entry for each row, and which of their axes counts the rows.
@@ -48,8 +48,10 @@ def _rule(
     perturbed: InitialValueProblem | None = None,
     otherwise: Callable[..., Any] | None = None,
 ) -> Rule:
-    """`as_rows(many, mapped, *args)` if problems can be rows of one solve. If not, `jax.vmap` of
-    `f`, or of what does the same `otherwise`."""
+    """The rule that runs `as_rows(many, mapped, *args)` if problems can be rows of one solve.
+
+    If they cannot, it is `jax.vmap` of `otherwise`, which does the same as `f`, or of `f`.
+    """
 
     def rule(size: int, mapped: Any, *args: Any):
         *_, problem, stepper = args
@@ -64,7 +66,7 @@ def _rule(
 
 
 def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
-    """Not where the state is split over what is mapped, nor where a crossing may end it."""
+    """`f(*args)` with the rule, unless devices split the state or a crossing may end it."""
     *_, stepper = args
     if stepper.axis_name is not None or stepper.stop is not None:
         return f(*args)
@@ -74,8 +76,8 @@ def _with_rule(f: Callable[..., Any], rule: Rule, *args: Any) -> Any:
 class Reverse(NamedTuple):
     """A gradient method under `jax.vmap(jax.grad(...))`, where each problem has its own gradient.
 
-    As rows of one solve there is no trajectory of each problem, so the way back solves again. In a
-    `cond` with a mapped predicate that is not as rows: JAX maps the tolerances there, too.
+    Rows of one solve have no trajectory of each problem, so the way back solves again. In a `cond`
+    with a mapped predicate it does not solve rows, because JAX also maps the tolerances there.
     """
 
     record: Callable[[InitialValueProblem, Stepper], tuple[Integration, Any]]
@@ -110,7 +112,7 @@ class Reverse(NamedTuple):
 
         def pull_of_any(recorded, bar, problem, stepper):
             if recorded[1] is not None:
-                # A `cond` may have mixed real tapes and none, and so may any loop.
+                # A `cond` or a loop may have selected between real tapes and empty ones.
                 missing = unvmap_any(recorded[1].count < 0)
 
                 def again():
@@ -139,7 +141,7 @@ class Reverse(NamedTuple):
                 return int(outer) if inner else None
 
             axes = jax.tree.map(axis, mapped[1], by_outer[1])
-            if not any(jax.tree.leaves((by_outer[0], by_outer[2:]))):  # cotangents again
+            if not any(jax.tree.leaves((by_outer[0], by_outer[2:]))):  # another axis of cotangents
                 return plain(several, by_outer, recorded, bars, problem, stepper)
 
             def one(bar):
@@ -165,7 +167,7 @@ class Reverse(NamedTuple):
             return eqx.filter(joined, perturbed), joined
 
         _, split_bars, joined = jax.vjp(join, values, has_aux=True)
-        perturbed = perturbed._replace(field=joined.field)  # which has no constants of its own
+        perturbed = perturbed._replace(field=joined.field)  # it has no constants
         ran = many.spread(_steps_of(recorded), _steps_of(of_recorded)).reshape(joined.t0.shape)
         recorded = self._again(joined, stepper, ran)
         solutions, join_bars = jax.vjp(many.split, eqx.filter(recorded[0], eqx.is_inexact_array))
@@ -177,8 +179,10 @@ class Reverse(NamedTuple):
         return split_bars(self.pull(perturbed, recorded, bar, joined, stepper))[0]
 
     def _again(self, problem: InitialValueProblem, stepper: Stepper, ran: Int[Array, " rows"]):
-        """Solve again. A solve that did not run, in a branch that is not taken, must not seem to
-        have run."""
+        """Solve again, with the numbers of steps that `ran`.
+
+        A solve in a branch that was not taken must not seem to have run.
+        """
         return eqx.tree_at(_steps_of, self.record(problem, stepper), ran)
 
 
@@ -211,15 +215,17 @@ class Many(NamedTuple):
         stepper: Stepper,
         perturbed: Any = None,
     ) -> "Many | None":
-        """None if mapped problems can't be rows. With `perturbed` leaves, for the gradient of each
-        problem."""
+        """The sizes of mapped problems, or None if they cannot be rows of one.
+
+        With `perturbed` leaves, they are rows for the gradient of each problem.
+        """
         (of_problem, of_stepper), rows = mapped, problem.t0.shape[-1]
         samples, n = problem.y0.shape[-2:]
         shared = of_problem.field, of_problem.args[0]
         if size * rows == 0 or any(jax.tree.leaves(of_stepper)):
             return None
         if rows == 1 < samples and (stepper.method.implicit or stepper.controller.atol.ndim):
-            # All samples of a problem would have one Jacobian, and tolerances are those of one.
+            # Such a row would have one Jacobian for all of its samples, and tolerances for one.
             return None
         if perturbed is not None:
             copied = eqx.filter(problem, perturbed)
@@ -249,8 +255,10 @@ class Many(NamedTuple):
     def _join_args(
         self, mapped: InitialValueProblem, problem: InitialValueProblem
     ) -> tuple[tuple[PyTree, PyTree], PyTree]:
-        """The values of `(field, args)` that problems share, and their own ones, whose first axis
-        is that of all rows, or of the problems; and flags of the former among these."""
+        """The values of `(field, args)` as `(shared, row_args)`, and flags of the latter.
+
+        The flags mark values with a first axis of all rows. In the others it counts the problems.
+        """
         of_row, in_row_args = self._of_row(mapped), self._in_row_args(mapped)
 
         def joined(x, its, of_row):
@@ -266,7 +274,7 @@ class Many(NamedTuple):
         Args:
             part: the field itself, or its Jacobian.
             of_row: which values a row has for itself.
-            axes: how many axes of the size of a state its values have.
+            axes: 1 for the field, 2 for the Jacobian.
         """
 
         def call(t, y, args):
@@ -289,7 +297,7 @@ class Many(NamedTuple):
     def flags(
         self, mapped: InitialValueProblem, perturbed: InitialValueProblem
     ) -> InitialValueProblem:
-        """Which leaves of one problem are `perturbed`, where all of them are `mapped`."""
+        """The flags of `perturbed` leaves for all problems as one."""
         row_args, shared = eqx.partition(
             (perturbed.field, perturbed.args), self._in_row_args(mapped)
         )
@@ -310,7 +318,7 @@ class Many(NamedTuple):
         return x if mapped else jnp.broadcast_to(x, (self.size, *x.shape))
 
     def split(self, joined: Integration) -> Integration:
-        """Solve each problem; the results have a leading axis."""
+        """The results of each problem, along a leading axis."""
         sample, trajectory = self.sample, joined.trajectory
         if isinstance(trajectory, Trajectory):
             times = self._split(trajectory.times, 1)
@@ -330,6 +338,6 @@ class Many(NamedTuple):
         return x.reshape(*x.shape[:axis], self.size * self.rows, *x.shape[axis + 2 :])
 
     def _split(self, x: Any, axis: int, sample: tuple[int, ...] | None = None) -> Array:
-        """The inverse of `_join`. States are given by the shape of a `sample`."""
+        """The inverse of `_join`. For states, `sample` is the shape of those of one problem."""
         shape = (self.rows, *x.shape[axis + 1 :]) if sample is None else sample
         return jnp.moveaxis(x.reshape(*x.shape[:axis], self.size, *shape), axis, 0)

@@ -21,7 +21,7 @@ from jaxode.ode.loop.rows import entry_of_each
 from jaxode.ode.loop.stepper import Stepper
 from jaxode.ode.loop.trajectory import Curve, Step
 
-# A condition as a function of the part of a step.
+# A condition as a function of the part of a step, from 0 to 1.
 Inside = Callable[[Float[Array, " rows"]], Float[Array, " rows"]]
 # Evaluate the condition this often per step. Two crossings in between go unnoticed.
 LOOKS_PER_STEP = 8
@@ -71,8 +71,8 @@ def watch(
 ) -> tuple[Progress, CrossingSearch]:
     """The progress and the search after a step, given the progress `then` of error control.
 
-    A step with a crossing inside, or one that misses its target, does not count. The last one ends
-    the row.
+    A step with a crossing inside, or one that misses its target, is discarded. The step that ends
+    at its target ends the row.
     """
     inputs = (problem.args, problem.t0, problem.t1, now, step, then)
     args, start, end, now_, step_, then_ = jax.lax.stop_gradient(inputs)
@@ -86,7 +86,7 @@ def watch(
     def inside(theta):
         return look(t + theta * h, curve.at(t + theta * h))
 
-    # Both ends are shared with the neighboring steps, or rounding could lose a crossing.
+    # Neighboring steps share the values at their ends, or rounding could lose a crossing.
     values_at_ends, searched = (
         (look(now_.t, now_.y), look(then_.t, then_.y)),
         accept & ~landing & (h != 0),
@@ -159,7 +159,7 @@ def _first_crossing(crossing: Crossing, inside: Inside, values_at_ends, step: St
         bracket = thetas[part], thetas[part + 1], entry_of_each(values, part)
         theta = fori_loop(0, jnp.finfo(t.dtype).nmant + 1, halve, bracket)[1]
         value, rate = _slope(inside, theta)
-        # Where the condition is continuous, the time is off by rounding, not by a part of a step.
+        # A continuous condition is zero here up to the rounding of the time; one that jumps is not.
         off = eps**0.25 * jnp.abs(h) + 4 * eps * (span + jnp.abs(t))
         jumps = (rate != 0) & (jnp.abs(value * h) > jnp.abs(rate) * off)
         return theta, jumps

@@ -94,7 +94,7 @@ def _outcome(
     """The result of the loop from its last state."""
     final = state.progress
     stats = final.stats(stepper.method.evaluations, first_evals)
-    # Over an empty span, a vector field that is not finite changes nothing that is finite.
+    # The solution over an empty span does not depend on the field, which need not be finite.
     of_field = (final.result == Result.NON_FINITE) | (final.result == Result.NON_FINITE_JACOBIAN)
     harmless = (start == end) & of_field & ~stepper.controller.is_lost(final.y, start)
     result = jnp.where(harmless, Result.SUCCESS, final.result).astype(jnp.int32)

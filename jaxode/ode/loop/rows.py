@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def one_row(of_rows: Shaped[Array, "rows ..."]) -> bool:
-    """Whether there is one row, whose samples need no telling apart."""
+    """Whether all samples are one row."""
     return of_rows.shape[0] == 1
 
 
@@ -66,7 +66,7 @@ def replace_rows(
 
     Zero times NaN is NaN: a row must be finite to add nothing to a gradient that rows share.
     Leaves of `tree` and of `groups` may have values of groups of rows, `[groups, ...]`. The first
-    good row of its smallest group that has any replaces a row, and a group if it has none.
+    good row of the smallest group that has one replaces a masked row, or a group without any.
     """
     if len(masked) < 2:
         return tree

@@ -39,7 +39,7 @@ class Trajectory(NamedTuple):
 
     @classmethod
     def start(cls, length: int, stages: int, t0, y0, dense: bool, slots: int | None):
-        """Without any step yet."""
+        """A trajectory without steps."""
         times = jnp.broadcast_to(t0, (length + 1, *t0.shape))
         y = k = checkpoints = None
         if dense:

@@ -89,7 +89,7 @@ class RungeKutta(Method):
         return fori_loop(0 if slope is None else 1, count, stage, k)
 
     def pull_back(self, sweep: Any, step: Any, bar: Any, y_bar, params_bar: Any, lowest: Any):
-        """Stage by stage, last to first. The steps themselves are given, and not taken again."""
+        """Pull back stage by stage, last to first, with the recorded stages of the step."""
         solved, count = sweep.solved, len(step.k)
         timed, (t, h, y, k) = solved.timed, step
         pulled = count - sweep.interior_pulls_last  # so many stages are pulled back here
@@ -228,8 +228,10 @@ _EULER = RungeKutta(
 def _method(
     name: str, order: int, numbers: tuple[tuple[float, ...], ...], fsal: bool, interpolation: Any
 ) -> RungeKutta:
-    """The same for equal arguments. The numbers are the rows of `A` but the first, `b`, the error
-    estimate, and `c` but the first."""
+    """The method of a tableau, the same one for equal arguments.
+
+    The numbers are the rows of `A` but the first, `b`, the error estimate, and `c` but the first.
+    """
     *rows, b, b_error, c = numbers
     A = np.zeros((len(b), len(b)))
     for i, row in enumerate(rows, start=1):

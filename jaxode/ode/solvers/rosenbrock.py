@@ -51,8 +51,11 @@ class Linearized(NamedTuple):
     def at(
         cls, method: "RosenbrockMethod", field: Field, t, h, y: Float[Array, "samples n"]
     ) -> "Linearized":
-        """Columns of the Jacobians of all samples come from one product with a unit vector, unless
-        the user gave the Jacobian."""
+        """Linearize the field at the start of a step.
+
+        Unless the user gave the Jacobian, a product with a unit vector gives a column for all
+        samples.
+        """
         unit = vary(jnp.eye(y.shape[1], dtype=y.dtype), axes_of(y))
         user_jacobian = getattr(field, "jacobian", None)
         try:
@@ -84,7 +87,7 @@ class Linearized(NamedTuple):
         return solve_factorized(self.factors, b, transposed)
 
     def first(self, b: Float[Array, "samples n"]) -> Float[Array, "samples n"]:
-        """Solve. Infinite where the matrix is singular, else NaN where it is not finite."""
+        """Solve. Infinite where the matrix is singular, NaN where it or `b` is not finite."""
         x = self.solve(b)
         # The scale of a row that is not finite is zero or NaN.
         finite = jnp.all((self.factors.scale > 0) & jnp.isfinite(b), axis=1, keepdims=True)
@@ -171,7 +174,7 @@ class RosenbrockMethod(RungeKutta):
         return jnp.matmul(k, mass, precision=jax.lax.Precision.HIGHEST)
 
     def pull_start(self, sweep: Any, step: Any, k_bar) -> tuple[Any, Any]:
-        """Given `r_i`, and for stage 0 what depends on it from elsewhere."""
+        """Pull `r_i` back to the start. That of stage 0 is its cotangent from outside the step."""
         (t, h, y, k), solved, r, step_type = step, sweep.solved, k_bar, type(step)
         d = jnp.asarray(self.d[1 : len(k)], y.dtype)
         times = jnp.broadcast_to(d[:, None].astype(t.dtype), (len(d), *t.shape))
