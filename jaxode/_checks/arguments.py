@@ -19,7 +19,7 @@ PYTHON_NUMBERS = float | int | complex | bool
 
 
 def is_list_of_numbers(value: Any) -> bool:
-    """Whether it is a list, also of lists, of Python's numbers. They would be as many leaves."""
+    """Whether it is a list, also of lists, of Python's numbers. Each would be a leaf."""
     numbers = (isinstance(leaf, PYTHON_NUMBERS) for leaf in jax.tree.leaves(value))
     return isinstance(value, list) and all(numbers)
 

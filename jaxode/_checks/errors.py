@@ -167,7 +167,7 @@ def nan_or_raise(
     def find():
         return {sentence: rows() for sentence, rows in faults.items()}
 
-    # Not the faults themselves, whose arrays would be kept with the callback.
+    # The callback holds sentences, and not the faults: their arrays would be kept with it.
     remedies, sentences = remedies or {}, tuple(faults)
     if is_known(result):
         codes = np.asarray(result)
@@ -191,7 +191,7 @@ def nan_or_raise(
     # Unbatched: `vmap` would turn the `cond` into a `select` that always calls back.
     any_failed = unvmap_any(result != Result.SUCCESS)
     if is_known(any_failed) and not any_failed:
-        # In `vmap` outside of `jit`, which would compile the `cond` at each call.
+        # Under `vmap` outside of `jit`, each call would compile the `cond`.
         return jnp.zeros_like(t_reached)
     return jax.lax.cond(any_failed, fail, succeed, result, t_reached)
 

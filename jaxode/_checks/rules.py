@@ -50,7 +50,7 @@ class Rule(NamedTuple):
         return {self.sentence(where=where, **name): find}
 
     def check(self, *values: Any, **name: str) -> Faults:
-        """Raise if the values are known to break the rule. Otherwise, the fault that may be."""
+        """Raise if the values are known to break the rule. Otherwise, return the possible fault."""
         if not is_known(values):
             return self.fault(*values, **name)
         if len(values) == 1 and isinstance(values[0], float):  # most are, and need no array

@@ -52,8 +52,8 @@ def check_jump_times(t0: Any, t1: Any, times: Any, dtype: jnp.dtype, rows: int |
     is_concrete = is_known((t0, t1, times))
     xp = np if is_concrete else jnp
     exact = (np if is_known(times) else jnp).asarray(times, float)  # JAX may round them first
-    # Padding is at the end.
     exact = infinite_padding(xp, exact)
+    # Padding counts as the end time.
     filled = xp.where(xp.isposinf(exact), xp.asarray(t1, float)[..., None], exact)
     _, lost = _lost_times(t0, t1, filled, dtype)
     if is_concrete and (jumps.ndim, np.ndim(t0), np.ndim(t1)) == (1, 0, 0):

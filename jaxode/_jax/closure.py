@@ -88,7 +88,7 @@ def _key(value: Any) -> tuple[Any, tuple[Any, ...]]:
     if _is_frozen(value):
         fields = [_Held(x) if _is_held(x) else x for x in vars(value).values()]
         return (type(value), *fields), ()
-    # Methods are created at each access.
+    # Python makes a new method at each access, so its function is compared.
     original = value.__func__ if inspect.ismethod(value) else value
     return id(original), (original, *_contents(value))
 

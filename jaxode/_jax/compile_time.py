@@ -35,5 +35,5 @@ class CompileTime:
 
 @functools.cache
 def compile_time() -> CompileTime:
-    """That of the process: JAX keeps each listener."""
+    """The only one in this process, because JAX keeps each listener."""
     return CompileTime()

@@ -382,7 +382,7 @@ def _linear_transpose(
 
 
 def _batched(rule: Callable[..., Any], primitive: Primitive) -> Callable[..., Any]:
-    """The rule, unless nothing is mapped, by its values or by the name of the axis."""
+    """The rule, which is left out if neither values nor the name of the axis are mapped."""
 
     def of_any(over, leaves, axes, **params):
         if over.name is no_axis_name and all(axis is None for axis in axes):

@@ -76,9 +76,9 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, T], T], carry: T) -> 
 
 
 def over_devices(f: Callable[..., T], mesh: Mesh | None, split: tuple[int, ...] = ()) -> Any:
-    """`f(axes, *args)` on every device of a mesh, whose axes it gets: the rows of the `split` ones
-    of its arguments go to one device each, the others to all. Without a mesh, it has no axes.
+    """`f(axes, *args)` on every device of a mesh with these `axes`, or with none without a mesh.
 
+    Each device gets its rows of the arguments whose numbers are in `split`, and all of the others.
     All devices must return the same.
     """
     if mesh is None:
@@ -104,7 +104,7 @@ def on_all(tree: T, mesh: Mesh | None) -> T:
     if everywhere.is_fully_addressable:
         return jax.device_put(tree, everywhere)
 
-    # `device_put` would compare those of all processes.
+    # `device_put` would compare the arrays of all processes.
     def put(leaf):
         return jax.make_array_from_callback(leaf.shape, everywhere, np.asarray(leaf).__getitem__)
 

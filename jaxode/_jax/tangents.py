@@ -38,7 +38,7 @@ def along(f: Callable[[Array], Array], t: Float[Array, "*times"]) -> tuple[Array
 def undifferentiated_unless(needed: Bool[Array, ""], tree: T) -> T:
     """The tree, through which no cotangent passes unless it is needed: zero times NaN is NaN.
 
-    What is the same on all devices is left alone: its cotangent is that of all of them.
+    Arrays that are the same on all devices pass unchanged: their cotangents come from all of them.
     """
 
     def cut(x):
@@ -95,8 +95,8 @@ def with_tangent(x: T, tangent: Callable[..., Any], *inputs: Any) -> T:
     """`x`, whose tangent is `tangent((x, *inputs), (x_dot, *input_dots))`.
 
     Tangents that JAX knows to be zero are None, given and returned. `tangent` must not close over
-    arrays. Second derivatives are those of what it computes. Unlike `jax.custom_jvp`, whose rule
-    JAX forgets there, it also holds in a `scan` that is differentiated twice.
+    arrays. Second derivatives are those of what it computes. It also holds in a `scan` that is
+    differentiated twice, where JAX forgets the rule of a `jax.custom_jvp`.
     """
     leaves, structure = jax.tree.flatten(x)
     arrays, static = eqx.partition(inputs, eqx.is_array)
