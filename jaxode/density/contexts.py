@@ -46,7 +46,7 @@ class Contexts(eqx.Module):
         return cls(_maps_of(data, columns), _shapes_of(shape, data))
 
     def knowing(self, shapes: tuple[Shape, ...]) -> "Contexts":
-        """The contexts with these shapes, unless shapes are known."""
+        """The contexts with these shapes, unless they have shapes already."""
         return self if self.shapes is not None else dataclasses.replace(self, shapes=shapes)
 
     def rows(self, context: PyTree, samples: Shape) -> PyTree:
@@ -155,7 +155,7 @@ def context_numbers(name: str, context: PyTree) -> PyTree:
 
 
 def _guessed_shape(leaf: Shape, samples: Shape) -> Shape:
-    """Guess the shape of one context that the user did not tell.
+    """Guess the shape of one context if the user did not pass it.
 
     An array whose leading axes are those of the samples has one context for each of them, and any
     other array is one for all.

@@ -464,7 +464,7 @@ def check_period(start: str, name: str, flow: CNF, params: PyTree, row: PyTree =
     """Raise if the base has angles, and the field is known to differ one period on."""
     try:
         off = off_period_of(flow.f, flow.base, (flow.t0, flow.t1), params, row, jnp.zeros(()))
-    except MISFITS:  # a field with a context, or parameters that are still to come
+    except MISFITS:  # the field needs a context, or other parameters
         return
     if off is not None and is_known(off) and not PERIODIC.holds(off):
         raise ValueError(PERIODIC.sentence(where=start, name=name))

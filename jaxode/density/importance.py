@@ -12,8 +12,8 @@ from jaxode._checks.arguments import described, floating, native, numeric_dtype
 from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 
-# Above this shape of the tail of the weights, the error of an estimate is itself not known, and
-# neither is it with fewer weights (Vehtari et al.).
+# Above this shape of the tail of the weights, or with fewer weights, the error of an estimate is
+# itself not known (Vehtari et al.).
 LARGEST_K = 0.7
 FEWEST_WEIGHTS = 1000
 
@@ -110,7 +110,7 @@ def importance(log_weights: Float[Array, " n"]) -> Importance:
 @jax.jit
 def _judge(log_w: Float[Array, " n"]) -> tuple[Any, ...]:
     n = len(log_w)
-    # By their ratios: the difference of two large logarithms would be rounding.
+    # The ratios count: a difference of two large logarithms would be rounding.
     ess = 1 / (n * jnp.sum(jax.nn.softmax(log_w) ** 2))
     error = jnp.sqrt(jnp.maximum(1 / ess - 1, 0) / (n - 1))
     return ess, jax.nn.logsumexp(log_w) - math.log(n), error, _pareto_k(log_w)
@@ -128,7 +128,7 @@ def _pareto_k(log_w: Float[Array, " n"]) -> Float[Array, ""]:
         return jnp.where(jnp.isnan(log_w).any(), jnp.nan, jnp.inf).astype(log_w.dtype)
     largest = jnp.sort(log_w)[-tail - 1 :]
     below, largest, top = largest[0], largest[1:], largest[-1]
-    # What they exceed the next weight by, in units of the largest.
+    # The excess over the next weight, in units of the largest.
     x = jnp.exp(largest - top) * -jnp.expm1(jnp.where(largest == below, 0, below - largest))
     count = 30 + math.floor(math.sqrt(tail))
     places = jnp.sqrt(count / (jnp.arange(count, dtype=x.dtype) + 0.5))

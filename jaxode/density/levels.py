@@ -96,7 +96,7 @@ def levels_at(
 def base_quantiles(
     maps: Chain, base: BaseDensity, q: Float[Array, " rows"]
 ) -> Float[Array, "rows *event"]:
-    """The base samples at these levels; NaN for levels that are none."""
+    """The base samples at these levels; NaN for numbers that are no levels."""
     events = jnp.where(LEVEL_RULE.holds(q), q, jnp.nan).reshape(len(q), *base.event_shape)
     return _called(base, 1, jnp.where(_rising(maps, events), events, 1 - events))
 

@@ -30,14 +30,14 @@ def in_cells(
 ) -> Float[Array, "..."]:
     """`x` plus noise that rounding never moves onto `x` or `x + 1`.
 
-    `spacings`: the distance from both, in spacings of the dtype. A sum alone needs a little more
-    than half of one.
+    `spacings` is the distance from both, in units in the last place. A sum alone needs a
+    little more than half of one.
     """
     return x + in_unit(key, x, margin_of(jax.lax.stop_gradient(x), spacings), noise)
 
 
 def as_noise(name: str, noise: Any, level_range: tuple[int, int] | None = None) -> Noise:
-    """The noise, if it is the name of one or a tuple of levels, which lie between `ends`."""
+    """The noise, if it is the name of one or a tuple of levels in the `level_range`."""
     if isinstance(noise, tuple | list) and noise and all(map(is_number, noise)):
         low, high = level_range or (-math.inf, math.inf)
         wrong = [v for v in noise if not (low <= v <= high and v == math.floor(v))]

@@ -41,9 +41,9 @@ class BaseDensity(Protocol):
 
 
 def has_full_support(base: BaseDensity) -> bool:
-    """Whether the base has a density of all coordinates, which is assumed unless it says otherwise.
+    """Whether the base has a density of all coordinates.
 
-    `CenteredNormal` does: its samples are centred.
+    It has unless its `full_support` is false, as for `CenteredNormal`, whose samples are centred.
     """
     return getattr(base, "full_support", True)
 
@@ -309,7 +309,7 @@ class _Adapted(eqx.Module):
         return jnp.where(jnp.isnan(z).any(axes), jnp.nan, log_prob)
 
     def inside(self, z: Float[Array, "..."]) -> Bool[Array, "..."]:
-        """Whether events are in the support. NaN counts, so that it stays."""
+        """Whether events are in the support. NaN counts as inside, so that it stays NaN."""
         axes, support = range(-len(self.event_shape), 0), self.density.support
         holds = jnp.all(support(z), tuple(range(support.event_dim - len(axes), 0)))
         return holds | jnp.isnan(z).any(tuple(axes))
@@ -334,7 +334,7 @@ def _has_support(density: Any) -> bool:
         inner = getattr(inner, "base_dist", None)
     try:
         support: Any = density.support
-    except (AssertionError, AttributeError, NotImplementedError):  # none is known
+    except (AssertionError, AttributeError, NotImplementedError):  # its support is not known
         return False
     while hasattr(support, "base_constraint"):
         support = support.base_constraint
@@ -376,7 +376,7 @@ def level_functions(base: BaseDensity) -> tuple[Any, Any]:
 
 
 def has_edge(base: BaseDensity, dtype: Any) -> bool:
-    """Whether the density is known to be zero far away: it may jump on the way there."""
+    """Whether the density is known to be zero far away, so that it may jump on the way."""
     # In half precision densities overflow sooner, which tells nothing of an edge.
     if jnp.finfo(dtype).bits < 32:
         return False

@@ -23,8 +23,8 @@ from jaxode.flows.keys import keys_of_rows
 from jaxode.ode.solution import Solution
 from jaxode.ode.system import System
 
-# A chunk whose size is not given has so many rows, within these bounds, that rows times parameters
-# are `CHUNK_ACTIVATIONS`. Measured: benchmarks/NOTES.md.
+# By default, rows of a chunk times parameters are `CHUNK_ACTIVATIONS`, with rows in these bounds.
+# Measured: benchmarks/NOTES.md.
 LEAST_CHUNK_ROWS = 1024
 MOST_CHUNK_ROWS = 4096
 CHUNK_ACTIVATIONS = 1 << 25
@@ -39,11 +39,11 @@ class Chunks(NamedTuple):
     size: int
     """Rows at once."""
     progress: bool = False
-    """Whether to write on stderr how many are done."""
+    """Whether to write on stderr how many rows are done."""
 
     @classmethod
     def make(cls, size: Any, progress: bool, params: PyTree) -> "Chunks":
-        """Check the arguments. Without a size, choose one."""
+        """Check the arguments, and choose the size if it is None."""
         check_bool("progress", progress)
         if size is None:
             weights = sum(leaf.size for leaf in jax.tree.leaves(params) if eqx.is_array(leaf))

@@ -27,7 +27,7 @@ from jaxode.ode.system import System
 @compiled
 @with_periods
 def transport(system: System, integrands_and_base, key) -> Solution:
-    """The samples at the other end."""
+    """The samples at the other end of the flow."""
     del integrands_and_base, key
     return run(system)
 

@@ -16,8 +16,8 @@ from jaxode.divergence import Divergence, FieldAt
 from jaxode.ode.field import VectorField, of_row
 from jaxode.regularizers import Regularizer
 
-# The scale of a score in a state: its absolute tolerance is ten times that of the samples. With the
-# same, it would take half as many steps again, for errors far below the noise of a gradient.
+# The scale of a score in a state: its absolute tolerance is ten times that of the samples. The same
+# tolerance would take 1.5 times the steps, for errors far below the noise of a gradient.
 SCORE = 0.1
 
 
@@ -30,7 +30,7 @@ def of_one_sample(name: str, value: Any) -> Float[Array, ""]:
 class Integrands(eqx.Module):
     """Functions `(t, state, params, row)` of one sample, where `row` is `(probe, context)`.
 
-    Compared by value, so that compiled programs are found again.
+    They are compared by value, so that equal ones share compiled programs.
     """
 
     f: VectorField

@@ -19,7 +19,7 @@ def of_each_row(
     x: Float[Array, "batch *event"],
     axis_name: AxisName | None,
 ) -> Any:
-    """`draw(key, row)` for each row of `x`: with one key of all, or those of `keys_of_rows`."""
+    """`draw(key, row)` for each row of `x`, with one key for all or the keys of `keys_of_rows`."""
     if key is None:
         return jax.vmap(lambda row: draw(None, row))(x)
     if jax.random.key_data(key).ndim == 1:

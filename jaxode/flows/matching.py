@@ -86,7 +86,7 @@ def matching_loss(
     if order is not None:
         permuted, of_order = _check_permutation(order)
         faults |= of_order
-        # Set through the weights, so that the gradient is NaN, too.
+        # Weights make the loss NaN, so that its gradient is NaN, too.
         weights, z0 = jnp.where(permuted, weights, jnp.nan), z0[order]
     faults |= data_faults({"x": x}, row_weights) | of_start
     of_context = data_faults({"context": context}, row_weights)
@@ -145,7 +145,7 @@ def _errors_and_periods(flow: Any, params: PyTree, paths: Paths, t0: Any, span: 
     has any."""
     base, count = flow.base, len(paths.x)
     turns = turns_of(base, paths.x)
-    if turns is not None:  # more rows are cheaper than another evaluation
+    if turns is not None:  # one evaluation with more rows is cheaper than two
         paths = _with_turns(turns, paths)
     torus = base if isinstance(base, Torus) else None
     errors, finite, dz = squared_errors(flow.f, params, paths, t0, span, torus)
@@ -191,11 +191,11 @@ def _check_permutation(rows: Int[Array, " batch"]) -> tuple[Bool[Array, ""], Fau
     permuted = (jnp.sort(rows) == jnp.arange(len(rows), dtype=rows.dtype)).all()
     if is_known(permuted) and permuted:
         return permuted, {}
-    return permuted, PERMUTATION.check(rows)  # to find which rows are wrong takes longer
+    return permuted, PERMUTATION.check(rows)  # finding the wrong rows takes longer
 
 
 def _with_stand_ins(weights: Float[Array, " batch"], data: PyTree) -> PyTree:
-    """The data with another row in place of each of weight zero, which may hold NaN.
+    """Replace rows of weight zero, which may hold NaN, by another row of the data.
 
     Zero times NaN is NaN. Zeros stand in if this device has no other row.
     """

@@ -43,7 +43,7 @@ class NLLStats(NamedTuple):
 
 
 class BatchNLL(NamedTuple):
-    """What the loss of a batch is made of."""
+    """The inputs of the loss of a batch."""
 
     system: System
     """The system that carries the samples `y0 [batch, *event]` to the base. Its rows are the
@@ -95,7 +95,7 @@ def _augmented(nll: BatchNLL) -> tuple[Float[Array, ""], bolza.Outcome]:
 
 
 def with_integrals(system: System, field, probes, shape: tuple[int, ...]) -> Solution:
-    """Solve for the samples, and for integrals of this `shape` along the way of each sample."""
+    """Solve for the samples, and for integrals of this `shape` along each trajectory."""
     x = system.y0
     zeros = jnp.zeros((*x.shape[:1], *shape), x.dtype)
     return run(system._replace(field=field, y0=(x, zeros), row_args=(probes, system.row_args)))

@@ -1,4 +1,4 @@
-"""Does a field have the periods of its base? Otherwise its density over one period is not one."""
+"""Does a field have the periods of its base? If not, its density over a period is not one."""
 
 import functools
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def turns_of(base: BaseDensity, like: Float[Array, "..."]) -> Turns | None:
         few, many = np.eye(count), lambda: rng.permutation(count) + 1
         turns = few if count <= MOST_TURNS else [many() for _ in of_time]
         of_time[:, list(base.angles)] = turns
-    # Start at another place at each time.
+    # Each time starts at another angle.
     part = (np.linspace(0.1, 0.9, len(period)) + np.array(PARTS_OF_SPAN)[:, None]) % 1
     start = part * np.where(np.isfinite(period), period, 1.0)
     turned = start[:, None] + moves * finite

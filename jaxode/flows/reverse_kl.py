@@ -67,7 +67,7 @@ def reverse_kl(
     along = jnp.sum(((score - slope) * (x - fixed_x)).reshape(len(log_q), -1), axis=1)
     losses = log_q + along.astype(log_q.dtype) - log_p.astype(log_q.dtype)
     solved = solution.ok
-    finite = tuple(holds | ~solved for holds in finite)  # a failed solve has its own message
+    finite = tuple(holds | ~solved for holds in finite)  # a failed solve has a message already
     fine = finite[0] & finite[1]
     result = jnp.where(
         solved & ~(fine if solved.shape else fine.all()),

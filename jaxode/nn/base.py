@@ -50,7 +50,7 @@ def encoded_context(
 def equal_parts(layer: "Dense", e: Array, count: int) -> list[Array]:
     """`layer(e)` in equal parts.
 
-    Products with parts of the weights, since parts of the outputs of a batch would be copied.
+    It multiplies by parts of the weights: parts of the outputs of a batch would be copied.
     """
     weights, biases = (jnp.split(leaf, count) for leaf in (layer.weight, layer.bias))
     return [e @ weight.T + bias for weight, bias in zip(weights, biases, strict=True)]
@@ -60,7 +60,7 @@ def equal_parts(layer: "Dense", e: Array, count: int) -> list[Array]:
 def draws(key: PRNGKeyArray, shapes: tuple[tuple[int, ...], ...]) -> list[Array]:
     """Arrays of these shapes with numbers between -1 and 1.
 
-    From one draw: each is a program of its own, which takes a third of a second to compile.
+    They are cut from one draw, because each draw compiles a program for a third of a second.
     """
     sizes = [math.prod(shape) for shape in shapes]
     flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)

@@ -73,7 +73,7 @@ class DeepSet(eqx.Module):
             return total / jnp.maximum(count, 1.0)
 
         act: Any = jax.nn.silu
-        # Replaced before any product, or the gradient would be NaN.
+        # Replace missing points before any product, or the gradient would be NaN.
         x = jnp.where(present[:, None], points, 0.0)
         x = jnp.where(jnp.isinf(x), jnp.nan, jnp.clip(x, -FARTHEST, FARTHEST))
         center = mean(x)

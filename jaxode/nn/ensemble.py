@@ -74,5 +74,5 @@ class Ensemble(eqx.Module):
         return all(Completed(network).is_centered(*context) for network in self.members)
 
     def _mean(self, outputs: list[Any]) -> Any:
-        # One after the other: as a batch, their products take twice as long on a CPU.
+        # Members run one after the other: as a batch, their products take twice as long on a CPU.
         return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *outputs)

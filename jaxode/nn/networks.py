@@ -47,7 +47,7 @@ class _ModuleField(eqx.Module, Field):
 
 
 def _network_and_context(args: Any) -> tuple[Any, ...]:
-    """The parts of `(network, context)`, or the network alone, which may be a named tuple."""
+    """Split `(network, context)`. A network alone, which may be a named tuple, has no context."""
     return args if type(args) is tuple else (args,)
 
 

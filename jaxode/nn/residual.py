@@ -105,7 +105,7 @@ class Residual(Network):
             a, b = equal_parts(modulation, e, 2)
             h = h + block(self.activation((1 + a) * h + b))
         output = self.last(saturated(self.activation(h)))
-        if self.period is not None:  # of the size of the angles, whatever their unit
+        if self.period is not None:  # the output has the unit of the angles
             output = output * jnp.asarray(radius_of(self.period), x.dtype)
         return output + scale * x
 

@@ -8,5 +8,5 @@ from jaxode.density.maps import affine, box, normal, of_distrax, of_numpyro, whi
 # first, a Gaussian at the start, is often best. The last says what is wrong with data that no map
 # fits.
 FITS = (whiten.fit, whiten.MOST_WHITENED_COLUMNS), (normal.fit, math.inf), (affine.fit, math.inf)
-# Functions that make a map of a support, or return None if they do not know what was given.
+# Functions that make a map of a support, or return None for a support of another kind.
 SUPPORTS = box.support_of, of_distrax.support_of, of_numpyro.support_of

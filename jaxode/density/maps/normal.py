@@ -20,8 +20,8 @@ class Monotone(Map):
 
     Between two knots, with `s` the slope of the chord, `d0` and `d1` the slopes at the knots and
     `u` in [0, 1] the place between them, `z = z0 + (z1 - z0) (s u^2 + d0 u (1 - u)) / q` with
-    `q = s + (d0 + d1 - 2 s) u (1 - u)`. Beyond the last one, `z = z1 + log(1 + d1 (x - x1))`: a
-    value that is far away is not far away from a normal's.
+    `q = s + (d0 + d1 - 2 s) u (1 - u)`. Beyond the last one, `z = z1 + log(1 + d1 (x - x1))`, so a
+    value that is far away has a `z` that a normal may have.
     """
 
     x: Float[Numbers, "*event knots"]
@@ -29,7 +29,7 @@ class Monotone(Map):
     z: Float[Numbers, "*event knots"]
     slope: Float[Numbers, "*event knots"]
 
-    @eqx.filter_jit  # one program outside of transformations, not one for each operation
+    @eqx.filter_jit  # or each operation outside of transformations is a program
     def inverse(self, x):
         (x0, x1), (z0, z1), (d0, d1) = self._around(x, self.x)
         inner = _between(x, x0, x1)
@@ -115,7 +115,7 @@ def fit(data: Float[np.ndarray, "rows *event"]) -> Chain:
 
 
 def _knots(x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Knots of one column: tied quantiles are one, at the mean of their `z`; slopes between them.
+    """Knots of one column and their slopes. Tied quantiles are one knot, at the mean of their `z`.
 
     The slope at a knot is the geometric mean of those of its chords, which keeps the spline
     monotone however much they differ.

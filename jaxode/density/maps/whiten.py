@@ -14,7 +14,7 @@ from jaxode.density.maps.chain import Chain
 # Columns depend on each other linearly if their correlation matrix has an eigenvalue below this,
 # times the number of columns.
 SINGULAR = 1e-9
-MOST_WHITENED_COLUMNS = 500  # with more, `jaxode.fit` does not look at correlations
+MOST_WHITENED_COLUMNS = 500  # with more columns, `jaxode.fit` does not look at correlations
 
 
 class SingularError(ValueError):
