@@ -13,6 +13,7 @@ class CompileTime:
     """Sums the seconds of compilation in this process, from its first use on."""
 
     def __init__(self):
+        self.seconds = 0.0
         self.intervals: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self.add)
 
@@ -23,14 +24,12 @@ class CompileTime:
         end = time.perf_counter()
         begin = end - duration_secs
         while self.intervals and self.intervals[-1][0] >= begin:
-            self.intervals.pop()
+            inner_begin, inner_end = self.intervals.pop()
+            self.seconds -= inner_end - inner_begin
         if self.intervals:
             begin = max(begin, self.intervals[-1][1])
         self.intervals.append((begin, end))
-
-    @property
-    def seconds(self) -> float:
-        return sum(end - begin for begin, end in self.intervals)
+        self.seconds += end - begin
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Profiles of the likelihood: parameters, or functions of them, at fixed values."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -98,10 +99,47 @@ def selected_by(
 def checked_values(values: Any, dtype: Any) -> Float[np.ndarray, " values"]:
     """The values of a profile, as an array."""
     array = np.asarray(floating(values).astype(dtype))
-    if array.ndim != 1:
+    if array.ndim != 1 or not array.size:
         raise ValueError(f"{arg('values')} must be [values]; got shape {array.shape}.")
     check_finite({"values": array})
     return array
+
+
+def fitted_at_values(
+    values: Float[np.ndarray, " values"],
+    value: float,
+    vector: Float[np.ndarray, " p"],
+    fitted: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    size: int,
+    budget: Budget,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The parameters and the cost at each value, which is infinite where the budget ended.
+
+    Values are taken in order of their distance from the estimate. The search for each starts where
+    that for the nearest value before it has ended.
+
+    Args:
+        values: which to hold.
+        value: that of the estimate.
+        vector: the estimate.
+        fitted: estimates again from starts `[size, p]`, with these values held, `[size]`. Returns
+            where it ends, and the costs there.
+        size: how many values at a time.
+        budget: ends the searches.
+    """
+    order = np.argsort(np.abs(values - value), kind="stable")
+    vectors, costs = np.tile(vector, (len(values), 1)), np.full(len(values), np.inf)
+    done = [(value, vector)]
+    for part in np.split(order, range(size, len(order), size)):
+        rows = np.resize(part, size)
+        starts = [min(done, key=lambda pair: abs(pair[0] - values[i]))[1] for i in rows]
+        vectors[rows], costs[rows] = fitted(np.stack(starts), values[rows])
+        if budget.over:
+            break
+        done += [(float(values[i]), vectors[i]) for i in part if np.isfinite(costs[i])]
+        budget.show(f"profile: {np.isfinite(costs).sum()} of {len(values)} values")
+    budget.finish()
+    return vectors, costs
 
 
 class Profile:
@@ -130,30 +168,14 @@ class Profile:
         self.error = error if error > 0 else max(abs(self.value), 1.0)
 
     def at(self, values: Any, budget: Budget) -> tuple[np.ndarray, np.ndarray]:
-        """The parameters and the cost at each value, which is infinite where the budget ended.
-
-        Values are taken in order of their distance from the estimate. The search for each starts
-        where that for the nearest value before it has ended.
-        """
+        """The parameters and the cost at each value, which is infinite where the budget ended."""
         values = checked_values(values, self.flat.dtype)
-        order = np.argsort(np.abs(values - self.value), kind="stable")
-        flats = np.tile(self.flat, (len(values), 1))
-        costs = np.full(len(values), np.inf)
-        done = [(self.value, self.flat)]
-        for part in np.split(order, range(self.size, len(order), self.size)):
-            rows = np.resize(part, self.size)
-            starts = [min(done, key=lambda pair: abs(pair[0] - values[i]))[1] for i in rows]
-            fitted = self._of_parameter if self.is_parameter else self._of_function
-            flats[rows], costs[rows] = fitted(np.stack(starts), values[rows], budget)
-            if budget.over:
-                break
-            done += [(float(values[i]), flats[i]) for i in part if np.isfinite(costs[i])]
-            reached = f"{int(np.isfinite(costs).sum())} of {len(values)} values"
-            budget.show(f"Estimate.profile: {reached}, least cost {costs.min():.6g}")
-        budget.finish()
-        return flats, costs
+        fitted = functools.partial(
+            self._of_parameter if self.is_parameter else self._of_function, budget
+        )
+        return fitted_at_values(values, self.value, self.flat, fitted, self.size, budget)
 
-    def _of_parameter(self, starts: np.ndarray, values: np.ndarray, budget: Budget):
+    def _of_parameter(self, budget: Budget, starts: np.ndarray, values: np.ndarray):
         """Fit with the parameter fixed at values by equal bounds."""
         starts = np.where(self.chosen, values[:, None], starts)
         fixed = Bounds(*(np.where(self.chosen, starts, bound) for bound in self.bounds))
@@ -166,7 +188,7 @@ class Profile:
         inside &= fits.converged | (not budget.over)
         return fits.flats, np.where(inside, fits.costs, np.inf)
 
-    def _of_function(self, starts: np.ndarray, values: np.ndarray, budget: Budget):
+    def _of_function(self, budget: Budget, starts: np.ndarray, values: np.ndarray):
         """Fit with the function held at values, which moves the aims by the distances left."""
         objective = Held(self.objective, self.where, jnp.asarray(HOLDING_WEIGHT / self.error))
         bounds = [np.broadcast_to(bound, starts.shape) for bound in self.bounds]

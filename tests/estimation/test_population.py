@@ -288,7 +288,7 @@ def test_a_new_subject_lies_in_the_band_of_a_linear_mixed_model(lines):
 def test_a_profile_of_a_population_estimates_all_others_again(lines, monkeypatch, capsys):
     levels = np.array([1.2, 1.8, 2.6])
     ratio, params = lines.profile("level", levels, progress=True)
-    assert "PopulationEstimate.profile: 3 of 3 values, least nll " in capsys.readouterr().err
+    assert "profile: 3 of 3 values, " in capsys.readouterr().err
     for level, nll, slope in zip(levels, lines.nll + ratio / 2, params["slope"], strict=True):
         rest = optimize.minimize(
             lambda x, level=level: nll_of_lines(np.append(level, x)),
@@ -303,6 +303,8 @@ def test_a_profile_of_a_population_estimates_all_others_again(lines, monkeypatch
     np.testing.assert_allclose(by_function, ratio[:1], atol=1e-3)
     with pytest.raises(ValueError, match=r"where=.* must be one typical parameter .* as 'k' or"):
         lines.profile(lambda params: params["level"] + params["slope"], levels)
+    with pytest.raises(ValueError, match=r"values=.* must be \[values\]; got shape \(0,\)"):
+        lines.profile("level", [])
 
     calls, at = [], PopulationLikelihood.at
 
@@ -327,8 +329,14 @@ NO_SUBJECT = {
     "a row that is not finite": ({"row_args": np.nan}, "row_args=.*must be finite"),
     "no state": ({"y0": None}, "y0=.*must"),
     "no doses": ({"doses": None}, r"doses=.*must be the times of the subject's jumps"),
-    "doses out of order": ({"doses": [2.0, 1.0]}, r"doses=.*in order, \[jumps\]; got"),
-    "a dose before the start": ({"doses": [-1.0]}, "doses=.*not be before t0, 0; got -1"),
+    "doses out of order": (
+        {"doses": [2.0, 1.0]},
+        r"doses=.*in order from t0, 0; got \[2.0, 1.0\]. Sort",
+    ),
+    "a dose before the start": (
+        {"doses": [-1.0]},
+        r"doses=.*in order from t0, 0; got \[-1.0\]. Sort",
+    ),
 }
 
 

@@ -657,7 +657,7 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
      "np.sqrt(np.maximum(0 * variances, 0.0))"),
     # A profile of a population lets the parameter go.
     ("estimation/populations/population_profile.py",
-     "likelihood.lower[place] = likelihood.upper[place] = values[i]", "values[i]"),
+     "likelihood.lower[place] = likelihood.upper[place] = value", "value"),
     # What an interrupt has cut short counts as a value of the profile.
     ("estimation/profiles.py", "inside &= fits.converged | (not budget.over)", "inside &= True"),
     # Programs that are traced within others count twice, so that a search has too much time.

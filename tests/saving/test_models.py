@@ -163,6 +163,21 @@ def test_an_estimate(tmp_path):
     assert equal(again.predict(jnp.array([0.3])), model.predict(jnp.array([0.3])))
 
 
+def test_a_population(tmp_path):
+    """Its field is passed again, and predicts a new subject."""
+    ts, factors = jnp.linspace(0.2, 1.0, 4), jnp.array([[0.8], [1.0], [1.1], [1.3]])
+    ys = jnp.exp(-0.7 * factors * ts[None]) + jnp.array([[0.01, -0.02, 0.02, -0.01]])
+    start, vary = {"k": 0.7}, {"k": 0.2}
+    model = jaxode.estimate_population(
+        decay, jnp.ones((4, 1)), ts, ys[..., None], start, vary, pool=False
+    )
+    again = reloaded(tmp_path, model, decay)
+    assert equal(again, model)
+    assert repr(again) == repr(model)
+    subject = {"y0": jnp.full(1, 2.0)}
+    assert equal(again.predict(ts, **subject), model.predict(ts, **subject))
+
+
 LIKES = {
     "alone": OWN,
     "by name": {"Own": OWN},

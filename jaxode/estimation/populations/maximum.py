@@ -219,12 +219,15 @@ class PopulationLikelihood:
             self.last = last
         return total
 
-    def minimized(self, theta: np.ndarray, chunks: int | None = None) -> np.ndarray:
+    def minimized(
+        self, theta: np.ndarray, chunks: int | None = None, label: str = "estimate_population"
+    ) -> np.ndarray:
         """Search for the likeliest parameters by damped Fisher scoring, within the budget.
 
         Gradients correct the expected Hessian, as in the search of effects. The damping follows how
         much of its promised gain a step brings. A step changes no parameter by more than its unit,
-        and by less after one that fails; it ends at bounds.
+        and by less after one that fails; it ends at bounds. Lines of progress have a label, or
+        are left out without one.
         """
         best, correction = self.trial(theta, chunks), np.zeros(2 * theta.shape)
         if best is None:
@@ -249,7 +252,8 @@ class PopulationLikelihood:
                 gain = (best.value - trial.value) / promised
                 correction = _corrected(trial, correction, along, trial.scores - best.scores)
                 theta, best = theta + along, trial
-                self.budget.show(f"estimate_population: step {step + 1}, nll {best.value:.6g}")
+                if label:
+                    self.budget.show(f"{label}: step {step + 1}, nll {best.value:.6g}")
                 if gain > LIMITS.good_gain:
                     damping = max(damping * DAMPING_CUT, LIMITS.least_damping)
                 elif gain < LIMITS.poor_gain:

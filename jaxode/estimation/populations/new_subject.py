@@ -15,6 +15,7 @@ from jaxode._jax.closure import compiled
 from jaxode.estimation.observed.observations import check_times
 from jaxode.estimation.observed.observed_system import Experiment
 from jaxode.estimation.populations.marginal import Population
+from jaxode.estimation.populations.population_arguments import checked_doses
 from jaxode.estimation.prediction import Band
 from jaxode.ode.interpolations import check_knots
 
@@ -104,29 +105,25 @@ def _doses(population: Population, doses: Any) -> Float[Array, " jumps"] | None:
         return None
     if doses is None:
         raise ValueError(f"{arg('doses')} must be the times of the subject's jumps, [jumps].")
-    exact = floating(numbers("doses", doses)).astype(population.t0.dtype)
-    values = np.asarray(exact)
-    if values.ndim != 1 or np.isnan(values).any() or (np.diff(values) < 0).any():
-        raise ValueError(f"{arg('doses')} must be times in order, [jumps]; got {doses}.")
-    if (values < float(population.t0)).any():
-        raise ValueError(
-            f"{arg('doses')} must not be before t0, {float(population.t0):g}; got {values.min():g}."
-        )
-    return jnp.append(exact, jnp.inf)  # at least one number
+    times = floating(numbers("doses", doses)).astype(population.t0.dtype)
+    if times.ndim != 1:
+        raise ValueError(f"{arg('doses')} must be [jumps]; got shape {times.shape}.")
+    (times,) = checked_doses("doses", times, 1, population.t0)
+    return jnp.append(times, jnp.inf)  # at least one number
 
 
 def _like_one(tree: PyTree, rows: PyTree, name: str, what: str) -> PyTree:
     """The tree as arrays. Raises unless it is like one row of `rows`."""
-    dtype_of = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
+    one_row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), rows)
     if jax.tree.structure(tree) != jax.tree.structure(rows):
         got = "none" if tree is None else f"{jax.tree.structure(tree)}"
         need = "left out" if rows is None else f"{what}, {jax.tree.structure(rows)}"
         raise ValueError(f"{arg(name)} must be {need}; got {got}.")
-    for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(dtype_of), strict=True):
+    for leaf, like in zip(jax.tree.leaves(tree), jax.tree.leaves(one_row), strict=True):
         if jnp.shape(leaf) != like.shape:
             raise ValueError(
                 f"{arg(name)} must be {what}, of shape {like.shape}; got shape {jnp.shape(leaf)}."
             )
-    arrays = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, dtype_of)
+    arrays = jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), tree, one_row)
     check_finite({name: arrays})
     return arrays

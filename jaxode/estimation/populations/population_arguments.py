@@ -21,6 +21,7 @@ from jaxode._checks.arguments import (
     takes,
 )
 from jaxode._checks.caller import arg
+from jaxode._checks.errors import first_row
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import infinite_padding
@@ -72,7 +73,7 @@ def posed_population(arguments: PopulationArguments) -> tuple[Population, np.nda
     states = None if callable(y0) else check_rows("y0", check_state("y0", y0), len(times))
     doses, options = None, {"rtol": POPULATION_RTOL[times.dtype], **options}
     if (jumps := options.get("jumps")) is not None:
-        doses = _doses(floating(jumps.times).astype(times.dtype), times, t0)
+        doses = checked_doses("jumps", floating(jumps.times).astype(times.dtype), len(times), t0)
         options["jumps"] = Jumps(jnp.zeros(0), jumps.change)  # the times are those of a subject
     population = Population(
         f=arguments.f, y0=y0 if callable(y0) else None, t0=t0, observe=arguments.observe,
@@ -139,22 +140,26 @@ def _check_shapes(population: Population) -> None:
         )
 
 
-def _doses(doses: Array, times: Array, t0: Array) -> Float[Array, "subjects jumps"]:
-    """The times of the jumps of each subject."""
-    if doses.ndim not in (1, 2) or doses.shape[:-1] not in ((), (len(times),)):
+def checked_doses(
+    name: str, doses: Array, subjects: int, t0: Array
+) -> Float[Array, "subjects jumps"]:
+    """The times of the jumps of each subject, which are the argument `name`."""
+    if doses.ndim not in (1, 2) or doses.shape[:-1] not in ((), (subjects,)):
         raise ValueError(
-            f"{arg('jumps')} times must be [jumps], or [subjects, jumps] of the {len(times)} "
+            f"{arg(name)} times must be [jumps], or [subjects, jumps] of the {subjects} "
             f"subjects; got shape {doses.shape}."
         )
-    doses = jnp.broadcast_to(infinite_padding(jnp, doses), (len(times), doses.shape[-1]))
-    from_start = jnp.concatenate([jnp.broadcast_to(t0, (len(times), 1)), doses], axis=1)
+    doses = jnp.broadcast_to(infinite_padding(jnp, doses), (subjects, doses.shape[-1]))
+    from_start = jnp.concatenate([jnp.broadcast_to(t0, (subjects, 1)), doses], axis=1)
     wrong = np.asarray(~(from_start[:, 1:] >= from_start[:, :-1]).all(axis=1))
-    if wrong.any():
-        i = int(np.argmax(wrong))
-        raise ValueError(
-            f"{arg('jumps')} times must be in order from t0, {t0:g}; got "
-            f"{np.asarray(doses[i]).tolist()} for subject {i}. Sort them, and pad with infinity."
-        )
+    first_row(
+        wrong,
+        lambda i: (
+            f"{arg(name)} times must be in order from t0, {t0:g}; got "
+            f"{np.asarray(doses[i]).tolist()}{f' for subject {i}' if subjects > 1 else ''}. Sort "
+            "them, and pad with infinity."
+        ),
+    )
     return doses
 
 

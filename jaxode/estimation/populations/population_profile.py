@@ -11,7 +11,7 @@ from jaxode._checks.caller import arg
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.populations.marginal import Population
 from jaxode.estimation.populations.maximum import PopulationLikelihood
-from jaxode.estimation.profiles import checked_values, selected_by
+from jaxode.estimation.profiles import checked_values, fitted_at_values, selected_by
 from jaxode.estimation.search.budget import Budget
 
 
@@ -24,11 +24,7 @@ def profile_of_population(
     budget: Budget,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The typical parameters `[values, n]` and minus the log-likelihood at each value, which is
-    infinite beyond the bounds and where the budget ended.
-
-    Values are taken in order of their distance from the estimate. The search for each starts where
-    that for the nearest value before it has ended.
-    """
+    infinite beyond the bounds and where the budget ended."""
     n = population.shared
     flat = jnp.asarray(theta[:n], population.t0.dtype)
     selected = selected_by(where, population.unravel, flat)
@@ -38,26 +34,23 @@ def profile_of_population(
             "params: params['k'][0]; got a function of some."
         )
     (place,) = np.flatnonzero(selected.slope)
-    values = checked_values(values, flat.dtype)
-    lower, upper = (np.array(bound, float) for bound in bounds)
-    inside = (lower[place] <= values) & (values <= upper[place])
+    lower, upper = (float(bound[place]) for bound in bounds)
     likelihood = PopulationLikelihood(population, theta, bounds, budget)
-    likelihood.take_units(theta, likelihood.at(theta).information)
-    flats, nlls = np.tile(theta[:n], (len(values), 1)), np.full(len(values), np.inf)
-    done = [(selected.value, theta)]
-    for i in np.argsort(np.abs(values - selected.value), kind="stable"):
-        if not inside[i]:
-            continue
-        start = min(done, key=lambda pair: abs(pair[0] - values[i]))[1].copy()
-        start[place] = likelihood.lower[place] = likelihood.upper[place] = values[i]
-        end = likelihood.minimized(start)
+
+    def fitted(starts, values):
+        (start,), (value,), unreached = np.copy(starts), values, np.full(1, np.inf)
+        if not lower <= value <= upper:
+            return starts, unreached
+        start[place] = likelihood.lower[place] = likelihood.upper[place] = value
+        end = likelihood.minimized(start, label="")
         total = None if budget.over else likelihood.trial(end)
-        if total is None:
-            break
-        if np.isfinite(total.value):
-            flats[i], nlls[i] = end[:n], total.value
-            done.append((float(values[i]), end))
-        reached = f"{int(np.isfinite(nlls).sum())} of {len(values)} values"
-        budget.show(f"PopulationEstimate.profile: {reached}, least nll {nlls.min():.6g}")
-    budget.finish()
-    return flats, nlls
+        if total is None or not np.isfinite(total.value):
+            return starts, unreached
+        return end[None], total.values.sum(keepdims=True)
+
+    begun = likelihood.trial(theta)
+    if begun is not None:
+        likelihood.take_units(theta, begun.information)
+    values = checked_values(values, flat.dtype)
+    thetas, nlls = fitted_at_values(values, selected.value, theta, fitted, 1, budget)
+    return thetas[:, :n], nlls
