@@ -35,7 +35,7 @@ from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
 from jaxode.ode.steady import SteadyState, steady_state
 from jaxode.saving.models import load, save
 from jaxode.training.fit import fit
-from jaxode.training.loop import Point
+from jaxode.training.validations import Point
 
 __version__ = "0.5.0"
 

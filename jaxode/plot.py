@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxode._checks.arguments import check_bool, integer
 from jaxode._checks.caller import arg, public
-from jaxode.training.loop import Point
+from jaxode.training.validations import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -113,10 +113,10 @@ def _small(size, width=None, **known):
     return Residual(size, 16, 1, **known)
 
 
-def _drawn_categories(encoder, parts, *_):
+def _drawn_categories(key, sizes, splits, budget):
     """A network in which every column depends on those before it and on the given ones."""
-    rng, sizes, rows = np.random.default_rng(0), encoder.sizes, parts[0].rows
-    modes, total, features = rows.modes[:, encoder.discrete], sum(sizes), rows.features.shape[1]
+    rng, (modes, features) = np.random.default_rng(0), splits[0].rows
+    total, features = sum(sizes), features.shape[1]
     shares = [np.bincount(modes[:, i], minlength=n) for i, n in enumerate(sizes)]
 
     def draw(n, m):
@@ -143,7 +143,7 @@ def without_training(*, flow: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(small_networks())
         numbers = ("train", _drawn_flow) if flow else ("_train_numbers", _known_numbers)
-        for name, stand_in in (numbers, ("_train_categories", _drawn_categories)):
+        for name, stand_in in (numbers, ("trained_categories", _drawn_categories)):
             patches.enter_context(mock.patch.object(fit_table, name, stand_in))
         yield
 

@@ -27,7 +27,8 @@ from benchmarks.peers.flows import exact_nll
 from benchmarks.peers.trainers import torchcfm_matching
 from jaxode.tabular.fit_table import MEMBER_WIDTH
 from jaxode.training.dataset import MAX_VALIDATION_ROWS
-from jaxode.training.loop import MAX_EXACT_DIMENSIONS, VALIDATION_STEP_RATIO, Clock
+from jaxode.training.schedule import VALIDATION_STEP_RATIO
+from jaxode.training.validations import MAX_EXACT_DIMENSIONS
 
 # Steps to the first candidate, and the ratio from each to the next. The density of a vector field
 # is an ODE solve: there are fewer looks, at most so many seconds apart, and each is that of `fit`.
@@ -49,18 +50,6 @@ def looks(first: int, apart: float) -> Iterator[bool]:
             due = max(step + first, math.ceil(apart * step))
 
 
-class WallClock(Clock):
-    """Counts compilation and all else since `begin`."""
-
-    @property
-    def spent(self) -> float:
-        return time.perf_counter() - self.begin
-
-    @spent.setter
-    def spent(self, value: float) -> None:
-        del value
-
-
 def by_jaxode(
     table: Table, seed: int, seconds: float, period: float | None = None, members: int = 1,
     **size: Any,
@@ -70,7 +59,6 @@ def by_jaxode(
     dim = table.train.shape[1]
 
     def train():
-        begin = time.perf_counter()
         make = lambda key: jaxode.nn.Residual(dim, key=key, period=period, **size)
         several = lambda: jaxode.nn.Ensemble(make, members, key=start_key)
         params = make(start_key) if members == 1 else several()
@@ -79,7 +67,8 @@ def by_jaxode(
         flow = jaxode.cnf(jaxode.nn.field, base, rtol=1e-6, atol=1e-6)
         options: dict[str, Any] = {"validation": table.validation, "progress": False}
         # `fit` counts training alone, this benchmark all.
-        with mock.patch("jaxode.training.fit.Clock", return_value=WallClock(begin)):
+        spent = property(lambda stopwatch: stopwatch.since_call)
+        with mock.patch("jaxode.training.budget.Stopwatch.spent", spent):
             density, looks = jaxode.fit(
                 jaxode.bind(flow, params), table.train, key=key, seconds=seconds, **options
             )

@@ -43,7 +43,7 @@ def by_jaxode(train: Series, aside: Series, cut, scale, seed: int, seconds: floa
     data = Series(*(join(*both) for both in zip(train, aside, strict=True)))
     size = HIDDEN if data.ys.shape[2] > 8 else 32
     clock = SimpleNamespace(perf_counter=time.process_time)
-    with mock.patch("jaxode.training.loop.time", clock):
+    with mock.patch("jaxode.training.budget.time", clock):
         model, _ = jaxode.series.fit(
             data.ts, data.ys, key=jax.random.key(seed), seconds=seconds, context=data.context,
             size=size, validation=len(aside.ts) / len(data.ts), progress=False,

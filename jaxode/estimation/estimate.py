@@ -19,7 +19,7 @@ from jaxode.estimation.observed.observations import EstimateArguments, posed
 from jaxode.estimation.observed.observed_system import ObservedODE
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.profiles import Profile
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import search_budget
 from jaxode.estimation.search.multistart import searched
 from jaxode.estimation.search.progress_lines import as_text
 from jaxode.estimation.search.starts import MultiStart, Outcomes, outcome_of_starts
@@ -139,7 +139,7 @@ class Estimate(eqx.Module):
         Raises:
             TypeError, ValueError: if `where` is not one number with a slope at the estimate.
         """
-        budget = Budget(seconds, None, progress)
+        budget = search_budget(None, seconds, progress)
         flat, unravel = ravel_pytree(self.params)
         unit = self._problem.unit
         noise = self.noise if self._problem.estimated else None
@@ -239,7 +239,7 @@ def estimate(
             are larger than a known noise says; and if the search has not converged.
     """
     check_not_traced("chooses among starts", starts, ts, ys)
-    budget = Budget(seconds, steps, progress)
+    budget = search_budget(steps, seconds, progress)
     allowed = set(inspect.signature(solve).parameters) - set(NOT_OPTIONS_OF_ESTIMATE)
     if wrong := [name for name in options if name not in allowed]:
         raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")

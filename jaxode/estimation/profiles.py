@@ -15,9 +15,9 @@ from jaxode._checks.caller import arg
 from jaxode._checks.samples import check_finite
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.levenberg_marquardt import minimize
 from jaxode.estimation.search.objectives import LocalModel, Objective, of_observations
+from jaxode.training.budget import Budget
 
 # A residual holds a function at a value. Its weight is this, by the standard error of the function:
 # each round then shrinks the distance to the value about a hundred times.
@@ -179,7 +179,9 @@ class Profile:
         """Fit with the parameter fixed at values by equal bounds."""
         starts = np.where(self.chosen, values[:, None], starts)
         fixed = Bounds(*(np.where(self.chosen, starts, bound) for bound in self.bounds))
-        fits = minimize(self.objective, starts, fixed, budget.steps, size=self.size, budget=budget)
+        fits = minimize(
+            self.objective, starts, fixed, int(budget.steps), size=self.size, budget=budget
+        )
         lower, upper = (
             np.broadcast_to(bound, self.flat.shape)[self.chosen] for bound in self.bounds
         )
@@ -197,7 +199,9 @@ class Profile:
         for _ in range(HOLDING_ROUNDS):
             flats = np.column_stack([starts, aims])
             fixed = Bounds(*(np.column_stack([bound, aims]) for bound in bounds))
-            fits = minimize(objective, flats, fixed, budget.steps, size=self.size, budget=budget)
+            fits = minimize(
+                objective, flats, fixed, int(budget.steps), size=self.size, budget=budget
+            )
             starts = fits.flats[:, :-1]
             distance = np.asarray(jax.vmap(self.where)(jnp.asarray(starts))) - values
             if budget.over or not (np.abs(distance) > tolerance).any():

@@ -99,7 +99,7 @@ CLASSES = {
     "PoissonNoise": "jaxode.estimation.observed.likelihoods:Poisson",
     "NegativeBinomialNoise": "jaxode.estimation.observed.likelihoods:NegativeBinomial",
     # trainings
-    "Point": "jaxode.training.loop:Point",
+    "Point": "jaxode.training.validations:Point",
 }
 # Fields that files of 0.6 have by an older name, in classes by their names in files.
 RENAMED_FIELDS = {

@@ -2,7 +2,6 @@
 set aside."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,19 +13,22 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from jaxode._checks.arguments import check_bool, check_not_traced, integer
+from jaxode._checks.arguments import check_not_traced, integer
 from jaxode._checks.caller import arg, public
 from jaxode._checks.samples import check_key
 from jaxode._jax.sharding import axes_of, mean_over, row_numbers
 from jaxode.series.series_model import Series, log_probs
 from jaxode.series.series_network import Observed, Readings, SeriesNetwork
 from jaxode.series.units import Units, check_context, check_series, recalled
+from jaxode.training.budget import Budget
 from jaxode.training.dataset import split_rows
 from jaxode.training.devices import Devices
-from jaxode.training.display import finish
 from jaxode.training.fit import adam
-from jaxode.training.loop import STEPS_PER_BLOCK, Clock, Limits, Phase, Plan, Point, Training
+from jaxode.training.loop import Plan, Training
 from jaxode.training.sources import InMemory, Rows
+from jaxode.training.steps import STEPS_PER_BLOCK, Phase
+from jaxode.training.turns import keeping_the_best, take_turns, with_finite_best
+from jaxode.training.validations import Point
 
 SERIES_RATE = 8e-3  # of Adam
 SERIES_DECAY = 2.0  # of weights, times the rate
@@ -72,7 +74,7 @@ def fit(
         ys: values in any units, `[rows, times, channels]`. NaN where nothing was observed.
         key: draws everything: the series set aside, the first network, batches.
         seconds: wall-clock time of training, one minute by default. It counts steps and
-            validations; it does not count compilation, with the first validation.
+            validations; it does not count compilation or the first validation.
         steps: end after this many steps. Without `seconds`, the result is a function of `key`.
         context: what is known of each series, such as age and sex, `[rows, columns]` without gaps.
         validation: the part of the series to set aside, above 0 and below 1. At most 1000 are used.
@@ -95,11 +97,10 @@ def fit(
             channel that is never seen, and wrong shapes.
         FloatingPointError: if no validation is finite.
     """
-    clock = Clock(time.perf_counter())
+    budget = Budget.from_arguments(steps, seconds, progress)
     check_not_traced("looks at data and at the clock", ts, ys, context, key)
     ts, ys = check_series(ts, ys)
-    context, limits = check_context(context, len(ts)), Limits.from_arguments(steps, seconds)
-    check_bool("progress", progress)
+    context = check_context(context, len(ts))
     size = 2 * integer("size", integer("size", size, 2) // 2)  # pairs
     split_key, network_key, key = jax.random.split(check_key(key), 3)
     rows, aside = _split(len(ts), validation, split_key)
@@ -111,34 +112,23 @@ def fit(
     model = Series(_with_modules(network, field, jump), data.units)
     batch_size = min(SERIES_BATCH, len(rows))
     source = InMemory(Rows(readings.y, (readings.dt, readings.is_observed, standardized)))
-    plan = Plan(limits, batch_size, progress=progress, devices=Devices.from_mesh(mesh, batch_size))
+    plan = Plan(budget, batch_size, devices=Devices.from_mesh(mesh, batch_size))
     if plan.devices.several_processes:
         raise ValueError(f"{arg('mesh')} must have devices of one process; got several.")
 
     def take(key):
         return source.take(key, STEPS_PER_BLOCK * batch_size)
 
-    run = Training(model, source, take, data.loss_on(aside), plan, clock)
+    run = Training(model, source, take, data.loss_on(aside), plan)
     phase = Phase("series", Partial(_loss), adam(SERIES_RATE, SERIES_DECAY), key, SERIES_WARM_UP)
-    _train(run, phase, plan)
+    with keeping_the_best([run], budget):
+        take_turns([run], phase, budget)
+    with_finite_best(
+        [run],
+        "series.fit: the log-density of the series set aside is never finite. Check the data for "
+        "outliers.",
+    )
     return run.best.with_params(plan.devices.from_all(run.best.params)), run.points
-
-
-def _train(run: Training, phase: Phase, plan: Plan) -> None:
-    """Train until a limit or an interrupt, and raise if no validation was finite."""
-    try:
-        run.train(phase, plan.limits)
-    except KeyboardInterrupt:
-        if not run.points:
-            raise
-    run.validate_again()
-    if plan.progress:
-        finish()
-    if run.best_nll == np.inf:
-        raise FloatingPointError(
-            "series.fit: the log-density of the series set aside is never finite. Check the data "
-            "for outliers."
-        )
 
 
 class _Data(NamedTuple):

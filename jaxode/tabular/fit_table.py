@@ -1,6 +1,6 @@
 """Train the density of a table."""
 
-import time
+import dataclasses
 import warnings
 from typing import Any, NamedTuple
 
@@ -19,19 +19,21 @@ from jaxode.density.maps.whiten import dependent_columns, principal_axes
 from jaxode.flows.bases import standard_normal, torus
 from jaxode.flows.construct import cnf
 from jaxode.nn import Ensemble, Residual, field
-from jaxode.tabular import categorical, frames
+from jaxode.tabular import frames
 from jaxode.tabular.columns.kinds import encoder_of
 from jaxode.tabular.columns.periodic import TURN
 from jaxode.tabular.encoding import CellNoise, Encoded, Encoder, out_of_domain, with_noise
+from jaxode.tabular.fit_categories import ModesSplit, trained_categories
 from jaxode.tabular.predictions.level_calibration import calibrated
 from jaxode.tabular.table import Table
+from jaxode.training.budget import Budget
 from jaxode.training.dataset import MAX_VALIDATION_ROWS, MIN_ROWS, Dataset, split_rows
 from jaxode.training.devices import Devices
-from jaxode.training.display import finish
 from jaxode.training.fit import MATCHING_RATE, Keys, adam, members_of, train
-from jaxode.training.loop import Clock, Limits, Plan, Point
-from jaxode.training.sources import InMemory
+from jaxode.training.loop import Plan
+from jaxode.training.sources import InMemory, Rows
 from jaxode.training.trials import powers_to_try
+from jaxode.training.validations import Point
 
 MEMBERS = 5  # networks of an ensemble by default
 MAX_ENSEMBLE_ROWS = 5000  # rows beyond which one network is the default
@@ -41,6 +43,7 @@ TABLE_DECAY = (
     1.0  # of weights, times the rate, for one network, which could learn the rows by heart
 )
 MEMBER_DECAY = 0.3  # likewise for a member of an ensemble, whose mean does not learn them
+CATEGORY_PART_OF_SECONDS = 0.25  # of a training, if there are numbers too
 FULL_DECAY_ROWS = 3000  # in larger tables, the decay is in inverse proportion to the rows
 # Levels of one number must not decrease. Now and then the estimated error of a long step is near
 # zero by chance, and the step moves a level by 0.008: so steps are short. Several numbers have more
@@ -91,8 +94,9 @@ def fit(
             of those. By default all of given columns and the 500 most frequent ones of others are
             kept, and unseen ones raise where none are pooled.
         seconds: wall-clock time of training, one minute by default. It counts steps and
-            validations; it does not count compilation, with the first validation, or reading and
-            calibration. A quarter goes to the categories.
+            validations; it does not count compilation, the first validation, or reading and
+            calibration. A quarter goes to the categories, or less if they end earlier; the numbers
+            get the rest.
         steps: end both trainings after this many steps. Without `seconds`, the result is a function
             of `key`.
         validation: the part of the rows to set aside, another one for each network, or a frame of
@@ -122,11 +126,9 @@ def fit(
             more than 500 categories in a modelled column, or more than a tenth of the rows; and of
             rows of a frame `validation` that are left out.
     """
-    begin = time.perf_counter()
+    budget = Budget.from_arguments(steps, seconds, progress)
     keys = jax.random.split(check_key(key), 4)
-    limits = Limits.from_arguments(steps, seconds)
-    check_bool("progress", progress)
-    plan = Plan(limits, progress=progress, devices=Devices.from_mesh(mesh, Plan(limits).batch_size))
+    plan = Plan(budget, devices=Devices.from_mesh(mesh, Plan(budget).batch_size))
     if plan.devices.several_processes:
         raise ValueError(
             f"{arg('mesh')} must have devices of one process, since each would read its own "
@@ -142,17 +144,15 @@ def fit(
 
     network, density, moments, points = None, None, None, []
     if encoder.discrete:
-        if encoder.numbers:
-            limits, number_limits = _split_seconds(limits, categorical.CATEGORY_PART_OF_SECONDS)
-            plan = plan._replace(limits=number_limits)
-        network, points = _train_categories(encoder, splits, keys[1], limits, progress, begin)
+        part = CATEGORY_PART_OF_SECONDS if encoder.numbers else 1.0
+        of_categories = dataclasses.replace(budget, seconds=part * budget.seconds)
+        modes = [_modes(encoder, split) for split in splits]
+        network, points = trained_categories(keys[1], encoder.sizes, modes, of_categories)
     if encoder.numbers:
-        density, validations = _train_numbers(encoder, splits, plan, keys[2], begin)
+        density, validations = _train_numbers(encoder, splits, plan, keys[2])
         if calibrate:
             density = calibrated(density, *_levels_aside(encoder, density, splits, keys[3]))
         moments, points = _moments(encoder, splits[0], keys[3]), points + validations
-    elif progress:
-        finish()
     return Table(encoder, network, density, moments), points
 
 
@@ -167,12 +167,6 @@ def _checked_frame(frame: Any, weights: Any) -> tuple[Any, np.ndarray | None]:
     if len(frame) < MIN_ROWS:
         raise ValueError(f"{arg('frame')} must have at least {MIN_ROWS} rows; got {len(frame)}.")
     return frame, weights
-
-
-def _split_seconds(limits: Limits, part: float) -> tuple[Limits, Limits]:
-    """Limits of two trainings, of which the first gets this part of the seconds."""
-    first, second = part * limits.seconds, (1 - part) * limits.seconds
-    return limits._replace(seconds=first), limits._replace(seconds=second)
 
 
 def _members(members: int | None, rows: int) -> int:
@@ -229,31 +223,13 @@ def _split(
     ]
 
 
-def _train_categories(
-    encoder: Encoder,
-    splits: list[EncodedSplit],
-    key: PRNGKeyArray,
-    limits: Limits,
-    progress: bool,
-    begin: float,
-) -> tuple[categorical.Autoregressive, list[Point]]:
-    """Train a network on each split, one after the other, with equal seconds."""
-    limits = limits._replace(seconds=limits.seconds / len(splits))
+def _modes(encoder: Encoder, split: EncodedSplit) -> ModesSplit:
+    """The modes of a split, with the features of the given columns."""
 
-    def pair(rows):
-        return (rows.modes[:, encoder.discrete], rows.features)
+    def rows(encoded):
+        return Rows(encoded.modes[:, encoder.discrete], encoded.features)
 
-    networks, points, keys = [], [], jax.random.split(key, len(splits))
-    for i, (rows, aside, *weights) in enumerate(splits):
-        label = "categories" if len(splits) == 1 else f"categories {i + 1} of {len(splits)}"
-        network, validations = categorical.train(
-            keys[i], encoder.sizes, pair(rows), pair(aside), weights, limits, progress * label,
-            begin,
-        )  # fmt: skip
-        networks, points = [*networks, network], points + validations
-    if len(networks) == 1:
-        return networks[0], points
-    return categorical.Average(encoder.sizes, tuple(networks)), points
+    return ModesSplit(rows(split.rows), rows(split.aside), split.weights, split.aside_weights)
 
 
 def _train_numbers(
@@ -261,7 +237,6 @@ def _train_numbers(
     splits: list[EncodedSplit],
     plan: Plan,
     key: PRNGKeyArray,
-    begin: float,
 ) -> tuple[Density, list[Point]]:
     """Train the density of the numbers, with the modes of their rows as context."""
     cells = encoder.as_cells(splits[0].rows)
@@ -297,7 +272,7 @@ def _train_numbers(
     optimizer = adam(MATCHING_RATE, decay * size_factor)
     plan = plan._replace(optimizer=optimizer, powers=powers_to_try(size))
     keys = Keys(*jax.random.split(train_key, 5))
-    return train(density, datasets, plan, keys, Clock(begin))
+    return train(density, datasets, plan, keys)
 
 
 def _calibrates(encoder: Encoder, calibrate: bool | None) -> bool:

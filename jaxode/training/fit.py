@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxode._checks.arguments import (
-    check_bool,
     check_not_traced,
     check_number,
     integer,
@@ -36,21 +34,15 @@ from jaxode.flows.bases import fixed_columns
 from jaxode.flows.cnf import CNF
 from jaxode.flows.embedding import Embedded, embedded
 from jaxode.nn import Ensemble
+from jaxode.training.budget import Budget
 from jaxode.training.dataset import DataArguments, Dataset, datasets_of_members
 from jaxode.training.devices import Devices
-from jaxode.training.display import finish
 from jaxode.training.iterators import NoRowsLeftError, is_stream
-from jaxode.training.loop import (
-    STEPS_PER_BLOCK,
-    Clock,
-    Limits,
-    Phase,
-    Plan,
-    Point,
-    Training,
-    evaluation,
-)
-from jaxode.training.trials import Candidates, powers_to_try, take_turns
+from jaxode.training.loop import Plan, Training
+from jaxode.training.steps import STEPS_PER_BLOCK, Phase
+from jaxode.training.trials import Candidates, powers_to_try
+from jaxode.training.turns import keeping_the_best, points_of_all, take_turns, with_finite_best
+from jaxode.training.validations import Point, evaluation
 
 MATCHING_RATE = 8e-3  # of Adam
 LIKELIHOOD_RATE = 5e-4  # of Adam
@@ -117,7 +109,7 @@ def fit(
             them, and validations take weighted means; validation rows of your own count equally. A
             row of weight 0 is left out, whatever it holds.
         seconds: wall-clock time of training, one minute by default. It counts steps and
-            validations; it does not count compilation, with the first validation, or the fitting
+            validations; it does not count compilation, the first validation, or the fitting
             of maps. Training ends late by up to a block of a second and a validation.
         steps: end after this many steps, of each network. Without `seconds`, the result is a
             function of `key`.
@@ -159,7 +151,7 @@ def fit(
             other, or hold integers so large that `dequantize` adds no noise to them; of a training
             that explodes; and of one that took hardly a step in its seconds.
     """
-    clock = Clock(time.perf_counter())
+    budget = Budget.from_arguments(steps, seconds, progress)
     if not isinstance(density, Density):
         raise TypeError(
             f"fit(density=...): must be made by jaxode.bind; got {type(density).__name__}. Pass "
@@ -168,8 +160,6 @@ def fit(
     data = None if is_stream(x) else x
     check_not_traced("looks at data and at the clock", density, data, context, key)
     aside_key, *keys = jax.random.split(check_key(key), 6)
-    limits = Limits.from_arguments(steps, seconds)
-    check_bool("progress", progress)
     batch_size = integer("batch_size", batch_size)
     likelihood = integer("likelihood", likelihood, 0, "a number of steps")
     _check_optimizer(optimizer)
@@ -178,7 +168,8 @@ def fit(
     if time_power is not None:
         check_number("time_power", time_power, POSITIVE)
         powers = (time_power,)
-    plan = Plan(limits, batch_size, optimizer, coupling, powers, likelihood, progress, devices)
+    budget = dataclasses.replace(budget, progress=budget.progress and devices.first_process)
+    plan = Plan(budget, batch_size, optimizer, coupling, powers, likelihood, devices)
     density = _trainable(density)
     devices.check_alike(
         f"events of shape {density.event_shape}, key {jax.random.key_data(key)}, {steps} steps, "
@@ -187,7 +178,7 @@ def fit(
     members = len(members_of(density.params))
     arguments = DataArguments(x, context, weights, validation, dequantize)
     datasets = datasets_of_members(density, arguments, aside_key, devices=devices, members=members)
-    return train(density, datasets, plan, Keys(*keys), clock)
+    return train(density, datasets, plan, Keys(*keys))
 
 
 class Keys(NamedTuple):
@@ -208,7 +199,7 @@ def members_of(params: PyTree) -> tuple[Any, ...]:
 
 
 def train(
-    density: Density, datasets: Sequence[Dataset], plan: Plan, keys: Keys, clock: Clock
+    density: Density, datasets: Sequence[Dataset], plan: Plan, keys: Keys
 ) -> tuple[Density, list[Point]]:
     """Choose a map and a power of the time by trials, then train on, and refine by likelihood.
 
@@ -220,7 +211,6 @@ def train(
         datasets: of each of its `members_of`.
         plan: the options.
         keys: the keys.
-        clock: runs since the call.
 
     Returns:
         The best density and its validations.
@@ -241,38 +231,33 @@ def train(
             density, in_flow, log_det, keys.validation, plan.devices, dataset.weights
         )
         label = f" of network {number + 1}" if other_networks else ""
-        return Training(density, dataset.source, take, evaluate, plan, clock, label)
+        return Training(density, dataset.source, take, evaluate, plan, label)
 
     with contextlib.ExitStack() as stack:
         for dataset in datasets:
             stack.callback(dataset.source.close)
-        candidates = Candidates([start(next(maps))], start, phases, plan.limits)
+        candidates = Candidates([start(next(maps))], start, phases, plan.budget)
         runs: list[Training] = []
-        with _keeping_the_best(candidates, plan):
+        with (
+            keeping_the_best(candidates.runs, plan.budget),
+            _until_no_rows_are_left(candidates, plan),
+        ):
             chosen = candidates.choose(maps, max(len(fits) - 1, 0))
             runs = candidates.runs
             for number, network in enumerate(other_networks, 1):
-                runs.append(start(chosen.density.with_params(network), number))
-            take_turns(runs, chosen.phase or phases[0], plan.limits)
+                runs.append(start(chosen.model.with_params(network), number))
+            take_turns(runs, chosen.phase or phases[0], plan.budget)
             if plan.likelihood:
                 refine = _likelihood_phase(flow, keys.likelihood)
-                take_turns(runs, refine, Limits(plan.likelihood))
-    if plan.progress:
-        finish()
+                take_turns(runs, refine, plan.budget.of_steps(plan.likelihood))
     return _result(runs or [candidates.best], plan, isinstance(density.params, Ensemble))
 
 
 @contextlib.contextmanager
-def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
-    """End training at Ctrl-C or with the rows of an iterator, unless no validation is finite."""
+def _until_no_rows_are_left(candidates: Candidates, plan: Plan) -> Iterator[None]:
+    """End training with the rows of an iterator, unless no validation is finite."""
     try:
         yield
-    except KeyboardInterrupt:
-        # Other processes may be at another step.
-        if not plan.devices.several_processes:
-            candidates.validate()
-        if candidates.best.best_nll == math.inf:
-            raise
     except NoRowsLeftError as end:
         candidates.validate()
         if not any(point.step for run in candidates.runs for point in run.points):
@@ -292,14 +277,12 @@ def _keeping_the_best(candidates: Candidates, plan: Plan) -> Iterator[None]:
 
 def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, list[Point]]:
     """The best density and its validations, with warnings if training exploded or hardly began."""
-    # An interrupt may come before the first validation of some.
-    runs = [run for run in runs if run.best_nll < math.inf]
-    if not runs:
-        raise FloatingPointError(
-            "fit: the log-density of the validation rows is never finite. One row is enough "
-            "for that. Check the data for outliers, or tighten rtol and atol of the flow."
-        )
-    if explosions := [point for run in runs for point in run.explosions]:
+    runs = with_finite_best(
+        runs,
+        "fit: the log-density of the validation rows is never finite. One row is enough for "
+        "that. Check the data for outliers, or tighten rtol and atol of the flow.",
+    )
+    if explosions := [point for run in runs for point in run.validations.explosions]:
         first, *further = explosions
         often = f"{len(explosions)} times, first" if further else "once,"
         warnings.warn(
@@ -308,38 +291,26 @@ def _result(runs: list[Training], plan: Plan, ensemble: bool) -> tuple[Density, 
             "at a quarter of the rate. Lower the rate of the optimizer.",
             stacklevel=5,
         )
-    limits, clock = plan.limits, runs[0].clock
     taken = min(map(_steps_of_matching, runs))
-    if taken < min(MATCHING_WARM_UP_STEPS, limits.steps) and clock.spent >= limits.seconds:
+    hardly = taken < min(MATCHING_WARM_UP_STEPS, plan.budget.steps) and plan.budget.over
+    # Who presses Ctrl-C knows how far training was, if it had begun.
+    if hardly and not (plan.budget.interrupted and taken):
+        in_time = (
+            "before Ctrl-C."
+            if plan.budget.interrupted
+            else "in this time. Pass more seconds, or steps=."
+        )
         warnings.warn(
-            f"fit(seconds=...): the density is hardly trained: {taken} steps of matching in this "
-            "time. Pass more seconds, or steps=.",
+            f"fit(seconds=...): the density is hardly trained: {taken} steps of matching {in_time}",
             stacklevel=5,
         )
     best = [plan.devices.from_all(run.best.params) for run in runs]
     params = Ensemble.of(best) if ensemble else best[0]
-    return runs[0].best.with_params(params), _together([run.points for run in runs])
+    return runs[0].best.with_params(params), points_of_all(runs)
 
 
 def _steps_of_matching(run: Training) -> int:
     return max(point.step for point in run.points if point.phase == "matching")
-
-
-def _together(points: list[list[Point]]) -> list[Point]:
-    """The validations of all networks in order, each as the mean of the latest ones."""
-    if len(points) == 1:
-        return points[0]
-    last, together = {}, []
-    by_time = sorted(
-        (point.seconds, i, point)
-        for i, points_of_network in enumerate(points)
-        for point in points_of_network
-    )
-    for _, i, point in by_time:
-        last[i] = point.nats
-        if len(last) == len(points):
-            together.append(point._replace(nats=sum(last.values()) / len(last)))
-    return together
 
 
 def _matching_phases(flow: CNF, rows: int, plan: Plan, key: PRNGKeyArray) -> list[Phase]:

@@ -1,13 +1,12 @@
-"""Trials of maps and powers of the time, from which `fit` chooses, and turns of networks."""
+"""Trials of maps and powers of the time, from which `fit` chooses."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 
-import jax
-
 from jaxode.density.density import Density
-from jaxode.training.loop import STEPS_PER_BLOCK, Limits, Phase, Training
+from jaxode.training.budget import Budget
+from jaxode.training.loop import Training
+from jaxode.training.steps import STEPS_PER_BLOCK, Phase
 
 TIME_POWERS = 2.0, 1.0  # of `matching_loss`, in the order in which they are tried
 MAX_DIMENSIONS_OF_ONE_POWER = 16  # up to which only the first power is tried
@@ -26,19 +25,6 @@ def powers_to_try(columns: int) -> tuple[float, ...]:
     return TIME_POWERS if columns > MAX_DIMENSIONS_OF_ONE_POWER else TIME_POWERS[:1]
 
 
-def take_turns(runs: list[Training], phase: Phase, limits: Limits) -> None:
-    """Train all runs up to the limits, in turns of a block of steps, and validate them."""
-    keys = jax.random.split(phase.key, len(runs))[1:]
-    phases = [phase, *(phase._replace(key=key) for key in keys)]
-    going = list(zip(runs, phases, strict=True))
-    while going:
-        for run, phase_of_run in going:
-            run.train(phase_of_run, limits, STEPS_PER_BLOCK if len(going) > 1 else math.inf)
-        going = [(run, phase_of_run) for run, phase_of_run in going if not run.ended]
-    for run in runs:
-        run.validate_again()
-
-
 @dataclasses.dataclass
 class Candidates:
     """Trainings that compete in trials, until one is left."""
@@ -48,7 +34,7 @@ class Candidates:
     """Begins the training of a density with another map."""
     phases: list[Phase]
     """Matching at each power of the time."""
-    limits: Limits
+    budget: Budget
 
     @property
     def best(self) -> Training:
@@ -58,7 +44,7 @@ class Candidates:
     def choose(self, other_maps: Iterator[Density], count: int) -> Training:
         """Try the first map against `count` other maps, then the powers of the time."""
         powers = len(self.phases) - 1
-        if self.limits.seconds < math.inf and (count or powers):
+        if self.budget.timed and (count or powers):
             # Measure how long steps and validations take.
             self._advance(self.runs[0], self.phases[0], STEPS_PER_BLOCK)
         if steps := self._round_steps(count):
@@ -76,11 +62,12 @@ class Candidates:
     def _round_steps(self, rivals: int) -> int:
         """Steps of a round, or zero if the trial leaves too few to the training itself."""
         (run,) = self.runs
-        in_time = run.clock.steps_remaining(self.limits)
-        total = min(self.limits.steps, in_time)
+        in_time = run.steps_in_time
+        total = min(self.budget.steps, in_time)
         steps = int(max(ROUND_PART * total, min(MIN_ROUND_STEPS, 4 * ROUND_PART * total)))
-        validations = TRIAL_ROUNDS * (rivals + 1) * run.validation_seconds / run.clock.step
-        left = min(self.limits.steps, in_time - TRIAL_ROUNDS * steps * rivals - validations)
+        in_steps = run.seconds_per_validation / run.seconds_per_step
+        validations = TRIAL_ROUNDS * (rivals + 1) * in_steps
+        left = min(self.budget.steps, in_time - TRIAL_ROUNDS * steps * rivals - validations)
         return steps if rivals and left >= MIN_REMAINING_STEPS else 0
 
     def _try_maps(self, rivals: Iterable[Training], steps: int) -> None:
@@ -97,7 +84,7 @@ class Candidates:
 
     def _try_powers(self, steps: int) -> None:
         """Leave the first power, unless the other one is clearly better."""
-        self.runs.append(self.start(self.runs[0].density))
+        self.runs.append(self.start(self.runs[0].model))
         for run, phase in zip(self.runs, self.phases, strict=True):
             self._advance(run, phase, TRIAL_ROUNDS * steps)
         first, second = self.runs
@@ -107,5 +94,5 @@ class Candidates:
     def _advance(self, run: Training, phase: Phase, until: int) -> None:
         """Train up to a step, and validate."""
         reached = run.step if run.phase else 0
-        run.train(phase, self.limits, until - reached)
+        run.train(phase, self.budget, until - reached)
         run.validate_again()

@@ -15,10 +15,11 @@ from scipy.optimize import curve_fit, minimize_scalar
 
 import jaxode
 from jaxode.estimation.search import levenberg_marquardt
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import MOST_STEPS
 from jaxode.estimation.search.slopes import smoothed
 from jaxode.estimation.search.starts import MultiStart, Runs, _cause, improved, outcome_of_starts
 from jaxode.estimation.uncertainty import is_unlikely
+from jaxode.training.budget import Budget
 
 TS = np.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -687,7 +688,7 @@ def test_an_interrupt_keeps_the_best_so_far(match, call, monkeypatch):
 def test_a_search_that_is_cut_short_looks_at_the_starts_again(fitted):
     """Slopes that were not matched to their end may have led to worse parameters."""
     start = np.asarray(ravel_pytree(fitted.params)[0])[None]
-    worse, over = Runs(start + 1.0, np.zeros((1, 1), int)), Budget(0, None, False)
+    worse, over = Runs(start + 1.0, np.zeros((1, 1), int)), Budget(MOST_STEPS, 0)
     search = MultiStart(fitted._problem, start, fitted._bounds, fitted._together, over)
     outcomes = improved(search, worse, matched=True)
     np.testing.assert_array_equal(outcome_of_starts(outcomes)[0], start)

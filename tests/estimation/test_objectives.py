@@ -8,10 +8,11 @@ from closed_forms import DECAY, KnownSolution, posed_problem
 from scipy import stats
 
 from jaxode.estimation.observed.tolerances import sizes_of_states
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import MOST_STEPS
 from jaxode.estimation.search.objectives import of_observations
 from jaxode.estimation.search.slopes import OfSlopes, match_slopes
 from jaxode.estimation.search.starts import end_of_part
+from jaxode.training.budget import Budget
 
 TS = np.linspace(0.5, 4.0, 8)
 YS = 2.0 * np.exp(-0.5 * TS) + 0.1 * np.cos(5 * TS)
@@ -179,7 +180,7 @@ def test_slopes_of_what_is_missing_do_not_count():
         np.zeros(2), TS, np.stack([np.where(SEEN, 1.5 * TS**2, np.nan), 2.5e3 * TS**2], 1),
         {name: STARTS[name] for name in ("rate", "size")},
     )  # fmt: skip
-    ends, costs = match_slopes(problem, flats, box, Budget(None, None, False))
+    ends, costs = match_slopes(problem, flats, box, Budget(MOST_STEPS))
     np.testing.assert_allclose(ends, [[3.0, 5.0]], rtol=0.05)  # of splines of eight
     assert costs[0] < 0.5
     values = jnp.zeros((8, 2))

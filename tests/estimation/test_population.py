@@ -19,7 +19,7 @@ from jaxode.estimation.populations.population_arguments import (
     PopulationArguments,
     posed_population,
 )
-from jaxode.estimation.search.budget import Budget
+from jaxode.training.budget import Budget
 
 RNG = np.random.default_rng(0)
 TS = np.linspace(0.5, 3.0, 6)
@@ -488,7 +488,7 @@ def test_what_is_free_is_named_and_has_no_errors():
     words = r"not determine \['slope'\], deviation of \['slope'\]: .* parameters vary.$"
     end = Maximum(theta, 1.0, covariance, True, free, np.zeros(5, bool), np.ones(5, bool))
     with pytest.warns(UserWarning, match=words):
-        found = _described(population, end, effects, Budget(None, 200, False), None)
+        found = _described(population, end, effects, Budget(200), None)
     assert not found.converged
     np.testing.assert_allclose([*found.errors.values()], [0.2, np.nan])
     np.testing.assert_allclose([*found.deviation_errors.values()], [0.2, np.nan])
@@ -550,7 +550,7 @@ class Cliff(PopulationLikelihood):
 
     def __init__(self, lost):
         self.population = SimpleNamespace(with_positive_root=lambda theta: (theta, np.ones(0)))
-        self.budget = Budget(None, 40, False)
+        self.budget = Budget(40)
         self.lost, self.tried, self.last = lost, [], []
 
     def at(self, theta, chunks=None):
@@ -605,7 +605,7 @@ def test_an_interrupt_keeps_the_best():
 
     cliff = Interrupted(())
     assert cliff.minimized(np.ones(1))[0] == cliff.tried[2]
-    assert cliff.budget.stopped
+    assert cliff.budget.interrupted
     assert len(cliff.tried) == 4
     end = cliff.polished(np.array(cliff.tried[2:3]))
     assert not end.converged

@@ -13,9 +13,10 @@ from scipy import optimize, stats
 
 from jaxode.estimation.estimate import _described
 from jaxode.estimation.observed.bounds import names
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import MOST_STEPS, search_budget
 from jaxode.estimation.search.starts import MultiStart, Outcomes, Runs
 from jaxode.estimation.uncertainty import covariance_without_bounds, gain_left, uncertainty
+from jaxode.training.budget import Budget
 
 TS = np.linspace(0.1, 3.0, 30)
 NOISE = 0.02
@@ -46,7 +47,7 @@ def described(
         np.tile(residuals @ slopes, (2, 1)),
     )  # fmt: skip
     search = MultiStart(
-        problem, np.asarray(flats_of_starts), bounds, 2, budget or Budget(None, None, False)
+        problem, np.asarray(flats_of_starts), bounds, 2, budget or Budget(MOST_STEPS)
     )
     return _described(search, outcomes), slopes
 
@@ -158,8 +159,8 @@ def test_a_prediction_beyond_the_knots_of_an_input_is_refused(rows):
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
-        (Budget(None, 7, False), "did not converge in 7 steps"),
-        (Budget(0, None, False), "was ended by seconds=0 before it converged"),
+        (Budget(7), "did not converge in 7 steps"),
+        (Budget(MOST_STEPS, 0), "was ended by seconds=0 before it converged"),
     ],
 )
 def test_it_says_why_a_search_has_not_converged(budget, words):
@@ -200,23 +201,23 @@ def test_what_is_left_to_gain_is_in_directions_that_change_a_residual():
 
 
 def test_a_search_that_was_stopped_says_so():
-    budget = Budget(None, None, False)
-    with budget.until_stopped():
+    budget = Budget(MOST_STEPS)
+    with budget.until_interrupted():
         raise KeyboardInterrupt
     assert budget.over
     assert budget.describe() == "was ended by Ctrl-C before it converged"
-    with pytest.raises(KeyboardInterrupt), budget.until_stopped():  # a second one
+    with pytest.raises(KeyboardInterrupt), budget.until_interrupted():  # a second one
         raise KeyboardInterrupt
 
 
 def test_progress_names_the_part_the_starts_and_the_best_cost(capfd):
     for seconds, of in ((None, ""), (60, " of 60")):
-        budget = Budget(seconds, None, True)
+        budget = search_budget(None, seconds, True)
         budget.show("estimate: part: 3 of 8 starts, best cost 1.25")
         budget.finish()
         line = f"estimate: part: 3 of 8 starts, best cost 1.25, 0{of} s"
         assert line in capfd.readouterr().err
-    Budget(None, None, False).show("part")
+    Budget(MOST_STEPS).show("part")
     assert not capfd.readouterr().err
 
 

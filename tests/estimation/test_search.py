@@ -8,8 +8,7 @@ from jaxtyping import Array, Float
 
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.search import starts as starts_of
-from jaxode.estimation.search.budget import Budget
-from jaxode.estimation.search.levenberg_marquardt import Fits, minimize
+from jaxode.estimation.search.levenberg_marquardt import MOST_STEPS, Fits, minimize
 from jaxode.estimation.search.objectives import Objective
 from jaxode.estimation.search.starts import (
     MultiStart,
@@ -20,6 +19,7 @@ from jaxode.estimation.search.starts import (
     improved,
     outcome_of_starts,
 )
+from jaxode.training.budget import Budget
 
 
 class Line(Objective):
@@ -102,7 +102,7 @@ def test_a_search_ends_after_its_steps_no_worse_than_it_began():
 
 def test_more_starts_than_go_at_a_time_end_where_each_belongs(capfd):
     starts, ts = np.linspace(1.0, 13.0, 13)[:, None], np.linspace(0.1, 6.0, 30)
-    bounds, budget = Bounds(np.full(1, 0.1), np.full(1, 20.0)), Budget(None, None, True)
+    bounds, budget = Bounds(np.full(1, 0.1), np.full(1, 20.0)), Budget(MOST_STEPS, progress=True)
     found = minimize(Waves(jnp.asarray(ts)), starts, bounds, 200, budget=budget, label="waves")
     cost = lambda speed: 0.5 * np.sum((np.cos(speed * ts) - np.cos(3.0 * ts)) ** 2)
     ends = found.flats[:, 0]
@@ -122,7 +122,7 @@ def test_more_starts_than_go_at_a_time_end_where_each_belongs(capfd):
 
 @pytest.mark.parametrize("call", [1, 2])
 def test_what_has_not_begun_before_the_end_of_a_budget_is_evaluated(call, monkeypatch):
-    starts, budget = np.linspace(1.1, 13.1, 13)[:, None], Budget(None, None, False)
+    starts, budget = np.linspace(1.1, 13.1, 13)[:, None], Budget(MOST_STEPS)
     bounds, calls = Bounds(np.full(1, -np.inf), np.full(1, np.inf)), []
     ended = Budget.over.fget
 
@@ -230,7 +230,7 @@ def test_a_start_that_can_be_evaluated_is_never_lost(lost_from, matched, monkeyp
         DECAY, np.ones(1), TIMES, np.ones((32, 1)), {"rate": OWN[:, 0]}, noise=1.0
     )[0]
     runs = Runs(np.full((2, 1), 100.0) if matched else OWN, np.arange(2)[:, None])
-    bounds, budget = Bounds(np.full(1, -np.inf), np.full(1, np.inf)), Budget(None, None, False)
+    bounds, budget = Bounds(np.full(1, -np.inf), np.full(1, np.inf)), Budget(MOST_STEPS)
     search = MultiStart(problem, OWN, bounds, 2, budget)
     ends, costs = outcome_of_starts(improved(search, runs, matched))
     of_first = (100.0, 15.0) if lost_from == np.inf else (1.0, 20.0)

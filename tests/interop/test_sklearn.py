@@ -94,7 +94,7 @@ def fit_lines(frame, **options):
     """In place of `tabular.fit`, with its checks of a frame. Does not depend on a key."""
     nothing = lambda *_: (None, [])
     with mock.patch.multiple(
-        fit_table, _train_categories=nothing, _train_numbers=nothing, _moments=nothing
+        fit_table, trained_categories=nothing, _train_numbers=nothing, _moments=nothing
     ):
         table, points = FIT(frame, **options)
     return Lines.of(table.encoder, frame), points

@@ -42,6 +42,8 @@ FIRST = {
     "training/fit": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
     "training/dataset": ("tests/training/test_dataset.py",),
     "training/loop": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
+    "training/steps": ("tests/training/test_fit.py", "tests/training/test_trials.py"),
+    "training/turns": ("tests/training/test_trials.py", "tests/training/test_ensembles.py"),
     "flows/diffusion": ("tests/flows/test_probability_flow.py",),
     "flows/bases": ("tests/flows/test_distributions.py", "tests/flows/test_nn.py"),
     "divergence": ("tests/flows/test_divergence.py",),
@@ -98,7 +100,7 @@ FIRST = {
         "tests/estimation/test_reports.py",
         "tests/estimation/test_likelihoods.py",
     ),
-    "estimation/search/budget": ("tests/estimation/test_reports.py",),
+    "training/budget": ("tests/estimation/test_reports.py",),
     "estimation/search/progress_lines": (
         "tests/estimation/test_reports.py",
         "tests/estimation/test_estimate.py",
@@ -403,9 +405,9 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     ("training/dataset.py", "_source_of(_chosen(rows, train), devices",
      "_source_of(_chosen(rows, np.arange(total)), devices"),
     # All members of an ensemble take the same batches.
-    ("training/trials.py", "phase._replace(key=key)", "phase"),
+    ("training/turns.py", "phase._replace(key=key)", "phase"),
     # All steps of a block see the same rows.
-    ("training/loop.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
+    ("training/steps.py", "jax.random.fold_in(key, i)", "jax.random.fold_in(key, 0)"),
     # Two neighbouring rows share their noise.
     ("flows/keys.py", "jax.random.fold_in(key, i))", "jax.random.fold_in(key, i // 2))"),
     # Wrong for times other than 0 and 1.
@@ -550,11 +552,11 @@ MUTATIONS: tuple[tuple[str, str, str], ...] = (
     # Messages and tables call all numbers of an array by one name.
     ("estimation/observed/bounds.py", '"".join(f"[{i}]" for i in at)', '""'),
     # A second Ctrl-C does not end a search that hangs.
-    ("estimation/search/budget.py", "            if self.stopped:\n                raise\n", ""),
+    ("training/budget.py", "            if self.interrupted:\n                raise\n", ""),
     # Ctrl-C ends the part of the observations alone, and the search goes on.
-    ("estimation/search/budget.py", "return self.stopped or self.spent", "return self.spent"),
+    ("training/budget.py", "return 0.0 if self.interrupted else max(", "return max("),
     # The end by Ctrl-C is blamed on seconds.
-    ("estimation/search/budget.py", '"Ctrl-C" if self.stopped', '"Ctrl-C" if False'),
+    ("training/budget.py", '"Ctrl-C" if self.interrupted', '"Ctrl-C" if False'),
     # A search that failed is shown as one that has converged.
     ("estimation/search/progress_lines.py",
      "'converged' if converged else", "'converged' if True else"),

@@ -46,8 +46,8 @@ AFFECTED = [
     ("jaxode/tabular/columns/dates.py", "tests/tabular/test_dates.py", True),
     ("jaxode/tabular/columns/dates.py", "tests/interop/test_sklearn.py", True),
     ("jaxode/tabular/columns/dates.py", "tests/ode/test_odeint.py", False),
-    ("jaxode/estimation/search/budget.py", "tests/petab/test_petab.py", True),
-    ("jaxode/estimation/search/budget.py", "tests/series/test_series.py", False),
+    ("jaxode/estimation/search/slopes.py", "tests/petab/test_petab.py", True),
+    ("jaxode/estimation/search/slopes.py", "tests/series/test_series.py", False),
     ("tests/problems.py", "tests/ode/test_stiff.py", True),
     ("examples/common/descent.py", "tests/project/test_examples.py", True),
 ]

@@ -45,7 +45,7 @@ OPTIONS = {
     "continuous": {"given": ["group", *SIGNS], "members": 2},
     "few": {"given": "group"},
     "one integer": {},
-    "categories": {"steps": 80, "members": 2},
+    "categories": {"steps": 120, "members": 2},
     "one": {"bounds": {"x": (0, None)}},
 }
 

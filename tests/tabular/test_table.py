@@ -14,6 +14,7 @@ from untrained import small_networks, untrained
 
 from jaxode import tabular
 from jaxode.tabular import frames
+from jaxode.training import loop
 
 pytestmark = pytest.mark.usefixtures("default_settings")
 # Rows of calls that share programs: FEW have as many draws of noise as IMPUTED have proposals.
@@ -71,14 +72,37 @@ def test_the_same_key_trains_the_same_categories_and_progress_is_a_line_for_each
     again, history = tabular.fit(FRAMES["categories"], **options)
     frame = FRAMES["categories"][:6]
     np.testing.assert_array_equal(again.log_prob(frame), first.log_prob(frame))
-    assert [point.step for point in history] == 2 * [0, 50, 80]
+    assert [point.step for point in history] == [0, 100, 100, 120, 120]
     assert [point.nats for point in history] == [point.nats for point in expected]
-    words = [
-        f"categories {1 + i // 3} of 2: step {p.step}, validation loss {p.nats:.3f} nats, "
-        for i, p in enumerate(history)
-    ]
     lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * 6
+    for number in (1, 2):
+        (first, *looks) = [line for line in lines if line.startswith(f"categories {number} of 2: ")]
+        assert first.endswith(": compiling")
+        steps = [look.partition(": step ")[2].partition(" of 120, ")[0] for look in looks]
+        assert steps == ["0", "100", "120"]
+
+
+@pytest.mark.filterwarnings("ignore:.*hardly trained. 0 steps of matching before Ctrl-C")
+@pytest.mark.parametrize("name", ["categories", "mixed"])
+def test_an_interrupt_keeps_the_categories_so_far(name, monkeypatch):
+    """And numbers as they are at the start."""
+    advance, calls = loop.advance, []
+
+    def interrupted(program, state, *rest):
+        calls.append(int(state.count))
+        if calls[-1] >= 150:
+            raise KeyboardInterrupt
+        return advance(program, state, *rest)
+
+    monkeypatch.setattr(loop, "advance", interrupted)
+    with small_networks():
+        fitted, history = tabular.fit(FRAMES[name], key=KEY, steps=500, members=1, progress=False)
+    assert [(at.phase, at.step) for at in history] == [
+        ("categories", 0), ("categories", 100), ("categories", 150),
+        *[("matching", 0)] * (name == "mixed"),
+    ]  # fmt: skip
+    assert name == "mixed" or history[2].nats < history[0].nats
+    assert np.isfinite(fitted.log_prob(FRAMES[name][:6])).all()
 
 
 def test_categories_have_the_mean_of_the_probabilities_of_several_networks():
@@ -352,7 +376,9 @@ def test_validation_rows_of_your_own(capsys):
     ) as caught:
         _, others = tabular.fit(frame[:250], validation=both, **options | {"progress": True})
     assert caught[0].filename == __file__
-    assert capsys.readouterr().err.startswith("categories: step 0, validation loss ")
+    assert capsys.readouterr().err.startswith(
+        "categories: compiling\ncategories: step 0 of 20, validation loss "
+    )
     np.testing.assert_allclose([p.nats for p in others], [p.nats for p in points], rtol=1e-4)
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import optax
 
 import jaxode
-from jaxode.training import loop
+from jaxode.training import budget, loop
+from jaxode.training.budget import Budget
 from jaxode.training.dataset import Dataset
 from jaxode.training.devices import Devices
 from jaxode.training.sources import InMemory, Rows
+from jaxode.training.steps import Phase
 
 # Trainings on 200 rows or 3200 that are drawn, which look at 100, have the programs of each other.
 ROWS, STEPS = 300, 150
@@ -100,13 +102,13 @@ def minimized(loss, params, optimizer=FAST, *, steps=STEPS, x=BENT, as_vector=Fa
     rows = Rows(jnp.asarray(x, jnp.float32), None)
     value = jax.jit(lambda params: loss(params, rows.x, None, jax.random.key(0)))
     devices = Devices.from_mesh(mesh, 64)
-    plan = loop.Plan(loop.Limits(steps), 64, progress=False, devices=devices)
+    plan = loop.Plan(Budget(steps), 64, devices=devices)
     run = loop.Training(
         Model(params), InMemory(rows), lambda key: rows, lambda params: float(value(params)),
-        plan, loop.Clock(0.0),
+        plan,
     )  # fmt: skip
-    phase = loop.Phase("matching", loss, optimizer, jax.random.key(1), as_vector=as_vector)
-    run.train(phase, plan.limits)
+    phase = Phase("matching", loss, optimizer, jax.random.key(1), as_vector=as_vector)
+    run.train(phase, plan.budget)
     return run
 
 
@@ -123,25 +125,37 @@ class Machine:
 
     def __init__(self, monkeypatch, step=0.01, look=0.1, compilation=0.0, data=0.0, nats=None):
         self.now, self.blocks, self.rates, self.looks, self.steps = 0.0, [], [], 0, None
+        self.seconds = 0.0  # of compilation
         self.step, self.of_look, self.compilation, self.of_data = step, look, compilation, data
         self.nats = itertools.count(0, -1) if nats is None else iter(nats)
-        monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(budget, "time", clock)
+        monkeypatch.setattr(budget, "compile_time", lambda: self)
+        monkeypatch.setattr(loop, "time", clock)
         monkeypatch.setattr(loop, "advance", self.advance)
         monkeypatch.setattr("jaxode.training.fit.evaluation", lambda *_: self.look)
         in_flow = Dataset.in_flow
         monkeypatch.setattr(Dataset, "in_flow", lambda *given: self.slow(*in_flow(*given)))
 
+    def compile(self):
+        self.now += self.compilation
+        self.seconds += self.compilation
+
     def advance(self, *given):
         *_, state, (rate, _), _, _, (first, last) = given
         count = int(last - first)
-        self.now += self.step * count if count else self.compilation
+        self.now += self.step * count
+        if not count:
+            self.compile()
         self.blocks.append(count)
         self.rates += [float(rate)] * count
         self.steps = int(state.count) + count
         return state._replace(count=state.count + count)
 
     def look(self, params):
-        self.now += self.of_look if self.looks else self.compilation
+        self.now += self.of_look
+        if not self.looks:
+            self.compile()
         self.looks += 1
         return float(next(self.nats))
 

@@ -24,7 +24,7 @@ from helpers import Frame
 
 import jaxode
 from jaxode.density.noise import log_density
-from jaxode.training import loop
+from jaxode.training import validations
 from jaxode.training.column_warnings import warn_of_columns
 from jaxode.training.dataset import (
     DataArguments,
@@ -95,7 +95,7 @@ def test_looks_are_in_the_units_of_the_data(name):
     density = cheap(**AROUND[name])
     dataset = dataset_of(density, rows, validation=others, dequantize=False)
     _, aside, log_det = dataset.in_flow(density, dataset.validation, KEY, ROWS)
-    look = loop.evaluation(density, aside, log_det, KEY, Devices())
+    look = validations.evaluation(density, aside, log_det, KEY, Devices())
     np.testing.assert_allclose(look(density.params), score(density, others), rtol=1e-5)
 
 
@@ -106,12 +106,12 @@ def test_looks_in_many_dimensions_take_no_closed_form_that_was_not_asked_for():
         return args * z
 
     wrong.value_and_divergence = lambda t, z, args: (args * z, jnp.asarray(1e6, z.dtype))
-    n = loop.MAX_EXACT_DIMENSIONS + 1
+    n = validations.MAX_EXACT_DIMENSIONS + 1
     exact = jaxode.divergence.exact()
     flow = jaxode.cnf(wrong, jaxode.standard_normal(n), divergence=exact, steps=4)
     density = jaxode.bind(flow, 0.1, standardize=(0.0, 1.0))
     rows = Rows(jnp.zeros((40, n)), None)
-    look = loop.evaluation(density, rows, 0.0, KEY, Devices())
+    look = validations.evaluation(density, rows, 0.0, KEY, Devices())
     assert abs(look(density.params)) < 100
 
 

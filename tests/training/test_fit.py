@@ -28,7 +28,8 @@ from fitting import (
 
 import jaxode
 from jaxode.training import fit as fit_module
-from jaxode.training import loop
+from jaxode.training import loop, steps, validations
+from jaxode.training.budget import Budget
 from jaxode.training.fit import MATCHING_RATE, adam
 
 pytestmark = pytest.mark.usefixtures("default_settings")
@@ -88,7 +89,8 @@ def away(params, x, context, key):
 
 def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
     ravel, ravelled = loop.ravel_pytree, []
-    monkeypatch.setattr(loop, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
+    for module in (loop, steps):
+        monkeypatch.setattr(module, "ravel_pytree", lambda tree: ravelled.append(1) or ravel(tree))
     as_vector, alike = (
         minimized(away, START, adam(MATCHING_RATE), as_vector=vector).best.params
         for vector in (True, False)
@@ -101,7 +103,7 @@ def test_a_vector_of_all_parameters_is_trained_alike(monkeypatch):
 
 def matching(rows, optimizer=None):
     """The first phase of a training on so many rows of two columns."""
-    plan = loop.Plan(loop.Limits(STEPS), optimizer=optimizer)
+    plan = loop.Plan(Budget(STEPS), optimizer=optimizer)
     (phase,) = fit_module._matching_phases(cheap().flow, rows, plan, jax.random.key(0))
     return phase
 
@@ -212,7 +214,7 @@ MOVED = 3 * CONTEXT + 0.5 * RNG.normal(size=(ROWS, 2))  # a normal whose mean is
 def test_a_context(monkeypatch):
     """With base samples that go to rows of like contexts."""
     # Otherwise, the error of looks is some hundredths.
-    monkeypatch.setattr(loop, "VALIDATION_TOLERANCE", 1e-6)
+    monkeypatch.setattr(validations, "VALIDATION_TOLERANCE", 1e-6)
     coupling = jaxode.coupling.optimal_transport(16, condition_weight=1.0)
     start = cheap_of_contexts(standardize=MOVED, standardize_context=CONTEXT)
     rows, aside = (MOVED[:200], CONTEXT[:200]), (MOVED[200:], CONTEXT[200:])

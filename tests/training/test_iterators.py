@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from fitting import cheap, cheap_of_contexts, number
 
-from jaxode.training import loop
+from jaxode.training import steps
 from jaxode.training.dataset import DataArguments, Dataset, datasets_of_members
 from jaxode.training.dequantization import Dequantization
 from jaxode.training.iterators import HEAD_ROWS, NoRowsLeftError, Stream, is_stream
@@ -132,10 +132,10 @@ def test_steps_use_each_row_once():
     assert (np.asarray(rows.x) != numbers).any()
     loss = lambda params, x, context, key: jnp.sum(params * x)
     start, optimizer = jnp.zeros(2), optax.sgd(1.0)
-    program = loop.Program(loss, optimizer, 8, None, loop._same, in_order=True)
-    state = loop.TrainingState(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
+    program = steps.Program(loss, optimizer, 8, None, steps.unchanged, in_order=True)
+    state = steps.TrainingState(start, start, optimizer.init(start), jnp.zeros((), jnp.int32))
     rates = jnp.ones(()), jnp.ones((), jnp.int32)
-    state = loop.advance(program, state, rates, rows, KEY, jnp.array([0, STEPS_PER_BLOCK]))
+    state = steps.advance(program, state, rates, rows, KEY, jnp.array([0, STEPS_PER_BLOCK]))
     np.testing.assert_allclose(-state.arrays, numbers.sum(axis=0), rtol=1e-4)
     source.close()
 

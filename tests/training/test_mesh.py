@@ -14,7 +14,7 @@ from fitting import STEPS, cheap, cheap_of_contexts, minimized
 from jax.sharding import Mesh
 
 import jaxode
-from jaxode.training import loop
+from jaxode.training import steps, validations
 from jaxode.training.devices import Devices
 from jaxode.training.sources import Rows
 
@@ -67,7 +67,7 @@ def test_the_loop_gives_the_parameters_of_one_device():
     np.testing.assert_allclose(split.best.params, alone.best.params, rtol=1e-4)
     assert [point.step for point in split.points] == [0, STEPS]
     assert (alone.best.params != 0).all()
-    assert split.devices.from_all(split.best.params).sharding.num_devices == 1
+    assert split.plan.devices.from_all(split.best.params).sharding.num_devices == 1
 
 
 @pytest.mark.parametrize("rows", [100, 98])
@@ -75,7 +75,7 @@ def test_looks_are_those_of_one_device(rows):
     """Also at rows that do not divide."""
     density, at = cheap(), Rows(jnp.asarray(X[:rows]), None)
     alone, split = (
-        loop.evaluation(density, at, 0.0, KEY, Devices(mesh))(density.params)
+        validations.evaluation(density, at, 0.0, KEY, Devices(mesh))(density.params)
         for mesh in (None, mesh_of(4))
     )
     np.testing.assert_allclose(split, alone, rtol=1e-5)
@@ -90,10 +90,10 @@ def test_devices_exchange_their_gradients_once_a_step():
     arrays, static = eqx.partition({"a": jnp.eye(2), "b": jnp.ones(2)}, eqx.is_inexact_array)
     loss = lambda params, x, context, key: flow.matching_loss(params, x, key=key)
     optimizer, mesh = optax.adam(1e-3), mesh_of(4)
-    program = loop.Program(loss, optimizer, 64, static, loop._same, Devices(mesh))
-    state = loop.TrainingState(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
-    take = partial(loop._take_steps, program)
-    split = loop.over_devices(take, mesh)
+    program = steps.Program(loss, optimizer, 64, static, steps.unchanged, Devices(mesh))
+    state = steps.TrainingState(arrays, arrays, optimizer.init(arrays), jnp.zeros((), jnp.int32))
+    take = partial(steps._take_steps, program)
+    split = steps.over_devices(take, mesh)
     compiled = jax.jit(
         lambda state, key: split(state, (1.0, 1), Rows(jnp.asarray(X), None), key, (0, 2))
     )

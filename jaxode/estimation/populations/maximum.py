@@ -18,7 +18,8 @@ from jaxode.estimation.populations.marginal import (
     evaluated,
     secant,
 )
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import MOST_STEPS
+from jaxode.training.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ class PopulationLikelihood:
         bounds: Bounds | None = None,
         budget: Budget | None = None,
     ):
-        n, self.budget = population.shared, budget or Budget(None, None, False)
+        n, self.budget = population.shared, budget or Budget(MOST_STEPS)
         self.lower, self.upper = np.full(len(theta), -np.inf), np.full(len(theta), np.inf)
         if bounds is not None:
             self.lower[:n], self.upper[:n] = map(np.asarray, bounds)
@@ -213,7 +214,7 @@ class PopulationLikelihood:
         """The likelihood at a trial, or None if Ctrl-C ended the budget: then the last effects are
         those before."""
         last, total = list(self.last), None
-        with self.budget.until_stopped():
+        with self.budget.until_interrupted():
             total = self.at(theta, chunks)
         if total is None:
             self.last = last
@@ -233,7 +234,7 @@ class PopulationLikelihood:
         if best is None:
             return theta
         damping, longest = FIRST_DAMPING, 1.0
-        for step in range(self.budget.steps):
+        for step in range(int(self.budget.steps)):
             mask, units = ~self.held(theta, best.scores), self.units(theta)
             inner = best.of_parameters(mask)
             converged = not inner.decrement(units[mask]) > LIMITS.scoring_distance
@@ -275,7 +276,7 @@ class PopulationLikelihood:
         away. If the budget ends, what was reached, with errors by the expected Hessian."""
         maximum, last = None, list(self.last)
         if not self.budget.over:
-            with self.budget.until_stopped():
+            with self.budget.until_interrupted():
                 maximum = self.by_newton(theta)
                 if not (maximum.converged or np.isnan(maximum.covariance[~maximum.at_bound]).any()):
                     maximum = self.by_newton(maximum.theta)

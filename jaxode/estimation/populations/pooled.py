@@ -15,9 +15,9 @@ from jaxode.estimation.observed.likelihoods import LIKELIHOODS, LOG_ROOT_2_PI
 from jaxode.estimation.observed.observed_system import ObservedODE, needs_row
 from jaxode.estimation.observed.tolerances import spreads
 from jaxode.estimation.populations.marginal import Population
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.multistart import searched
 from jaxode.ode.pieces import Jumps
+from jaxode.training.budget import Budget
 
 
 @dataclasses.dataclass(frozen=True)

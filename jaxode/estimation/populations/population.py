@@ -27,9 +27,10 @@ from jaxode.estimation.populations.population_arguments import (
 )
 from jaxode.estimation.populations.population_profile import profile_of_population
 from jaxode.estimation.prediction import Band
-from jaxode.estimation.search.budget import Budget
+from jaxode.estimation.search.levenberg_marquardt import search_budget
 from jaxode.estimation.search.progress_lines import as_text
 from jaxode.ode.field import VectorField
+from jaxode.training.budget import Budget
 
 # A deviation has ended at zero if it is below this part of its standard error.
 ZERO_DEVIATION = 0.01
@@ -157,7 +158,7 @@ class PopulationEstimate(eqx.Module):
             self._bounds,
             where,
             values,
-            Budget(seconds, None, progress),
+            search_budget(None, seconds, progress),
         )
         ratio = 2 * (jnp.asarray(nlls, self.nll.dtype) - self.nll)
         return ratio, jax.vmap(self._population.unravel)(jnp.asarray(flats, self.nll.dtype))
@@ -245,7 +246,7 @@ def estimate_population(
             f, y0, ts, ys, start, vary, t0, observe, noise, args, row_args, correlated, options
         )
     )
-    budget = Budget(seconds, steps, progress, least_steps=0)
+    budget = search_budget(steps, seconds, progress, least_steps=0)
     flat = jnp.asarray(theta[: population.shared])
     vectors = checked_bounds(bounds, population.template, flat[None], "start")
     check_bool("pool", pool)

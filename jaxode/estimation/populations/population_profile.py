@@ -12,7 +12,7 @@ from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.populations.marginal import Population
 from jaxode.estimation.populations.maximum import PopulationLikelihood
 from jaxode.estimation.profiles import checked_values, fitted_at_values, selected_by
-from jaxode.estimation.search.budget import Budget
+from jaxode.training.budget import Budget
 
 
 def profile_of_population(

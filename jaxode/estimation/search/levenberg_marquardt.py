@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxode._jax.closure import compiled
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.tolerances import PARAMETER_TOLERANCE
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.objectives import LocalModel, Objective
+from jaxode.training.budget import Budget
 
 # Accept a step that brings at least this part of the decrease that the model expects, and lengthen
 # one that brings almost all of it (Gould et al. 2005, doi:10.1007/s10288-005-0065-y).
@@ -23,6 +23,8 @@ LENGTHENED_PART = 0.99
 RADIUS_GROWTH = 3.5
 # Multiply the radius by this after a step that was rejected.
 RADIUS_CUT = 0.25
+# The default of `steps`, the largest number of steps on all observations.
+MOST_STEPS = 200
 # How many starts are rows of one solve.
 STARTS_AT_ONCE = 8
 # How many steps to take before the clock is read again.
@@ -33,6 +35,15 @@ BOUND_ROUNDS = 3
 UNITS_BETWEEN_BOUNDS = 16.0
 # Go this part of the way to the first bound that a step would cross.
 SHORT_OF_BOUND = 0.995
+
+
+def search_budget(steps: Any, seconds: Any, progress: Any, least_steps: int = 1) -> Budget:
+    """The budget of a search, which counts from now on."""
+    budget = Budget.from_arguments(
+        steps, seconds, progress, default_steps=MOST_STEPS, least_steps=least_steps
+    )
+    budget.stopwatch.start()
+    return budget
 
 
 class Fits(NamedTuple):
@@ -101,7 +112,7 @@ def minimize(
             budget, Ctrl-C raises.
         label: of progress lines; empty for none.
     """
-    guard = contextlib.nullcontext if budget is None else budget.until_stopped
+    guard = contextlib.nullcontext if budget is None else budget.until_interrupted
     rows = _Rows(objective, np.asarray(flats), bounds, size)
     fits: Any = [None] * len(flats)
     least_cost = np.inf

@@ -6,7 +6,6 @@ from jaxtyping import Array, Float
 from jaxode._checks.caller import arg
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE
 from jaxode.estimation.search.slopes import match_slopes
 from jaxode.estimation.search.starts import (
@@ -17,6 +16,7 @@ from jaxode.estimation.search.starts import (
     runs_from_starts,
 )
 from jaxode.ode.solvers.rosenbrock import Rodas5P, Rosenbrock23
+from jaxode.training.budget import Budget
 
 
 def searched(

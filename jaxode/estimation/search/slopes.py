@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from jaxode._checks.arguments import check_derivative
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE, minimize
 from jaxode.estimation.search.objectives import Objective
 from jaxode.ode.field import call_field
+from jaxode.training.budget import Budget
 
 # SciPy's smoothing splines need this many observations of a series.
 FEWEST_FOR_A_SPLINE = 5

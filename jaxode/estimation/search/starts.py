@@ -13,9 +13,9 @@ from jaxode._checks.caller import arg
 from jaxode._checks.errors import SolveError
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observed_system import ObservedODE
-from jaxode.estimation.search.budget import Budget
 from jaxode.estimation.search.levenberg_marquardt import STARTS_AT_ONCE, Fits, minimize
 from jaxode.estimation.search.objectives import of_observations
+from jaxode.training.budget import Budget
 
 # Keep each start's better run, the best eight, and those within this factor of the least cost.
 GIVE_UP_FACTOR = 10.0
@@ -86,7 +86,8 @@ class MultiStart:
     def fitted(self, flats: Float[np.ndarray, "runs n"], end: Array, steps: int) -> Fits:
         """Fit the observations up to a time, from each of `flats`."""
         return minimize(
-            of_observations(self.problem, end), flats, self.bounds, min(self.budget.steps, steps),
+            of_observations(self.problem, end), flats, self.bounds,
+            min(int(self.budget.steps), steps),
             size=self.size, hold=HOLD_WEIGHT if end < jnp.max(self.problem.ts) else 0.0,
             budget=self.budget, label=f"{self.label}: observations up to {float(end):.4g}",
         )  # fmt: skip
@@ -175,7 +176,7 @@ def _improved_on_parts(search: MultiStart, runs: Runs, matched: bool) -> tuple[R
 def _improved_on_all(search: MultiStart, runs: Runs, with_starts: bool) -> Outcomes:
     """Improve runs on all observations. `with_starts` says that some of them begin at the starts;
     the other starts get such a run if they cost less than where their runs end."""
-    starts, steps = search.starts, search.budget.steps
+    starts, steps = search.starts, int(search.budget.steps)
     end = end_of_part(search.problem, len(PARTS_OF_TIMES) - 1)
     if not with_starts:
         runs = runs.with_more(starts, np.any(runs.flats[runs.of_start[:, 0]] != starts, axis=1))
