@@ -1,6 +1,5 @@
 """Parameters of an ODE from noisy observations, from one or from many first guesses."""
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +11,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxode._checks.arguments import check_not_traced
-from jaxode._checks.caller import arg, public
+from jaxode._checks.caller import public
 from jaxode.estimation.best_fit import best_fit, precision_of, warn_of_fit
 from jaxode.estimation.observed.bounds import Bounds
 from jaxode.estimation.observed.observations import EstimateArguments, posed
 from jaxode.estimation.observed.observed_system import ObservedODE
+from jaxode.estimation.observed.user_functions import check_options
 from jaxode.estimation.prediction import Band, predicted_band
 from jaxode.estimation.profiles import Profile
 from jaxode.estimation.search.levenberg_marquardt import search_budget
@@ -25,7 +25,6 @@ from jaxode.estimation.search.progress_lines import as_text
 from jaxode.estimation.search.starts import MultiStart, Outcomes, outcome_of_starts
 from jaxode.estimation.uncertainty import nll_of
 from jaxode.ode.field import VectorField
-from jaxode.ode.solve import solve
 
 # Arguments of `solve` that `estimate` sets itself, or that are of no use to it.
 NOT_OPTIONS_OF_ESTIMATE = (
@@ -240,9 +239,7 @@ def estimate(
     """
     check_not_traced("chooses among starts", starts, ts, ys)
     budget = search_budget(steps, seconds, progress)
-    allowed = set(inspect.signature(solve).parameters) - set(NOT_OPTIONS_OF_ESTIMATE)
-    if wrong := [name for name in options if name not in allowed]:
-        raise TypeError(f"{arg(wrong[0])} is not an option of estimate. Leave it out.")
+    check_options(options, NOT_OPTIONS_OF_ESTIMATE)
     problem, flats, bounds = posed(
         EstimateArguments(
             f, y0, ts, ys, starts, t0, observe, likelihood, noise, residual, prior, bounds,

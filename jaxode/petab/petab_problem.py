@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jaxode._checks.caller import arg, public
 from jaxode._checks.rules import is_known
 from jaxode._checks.samples import check_key
 from jaxode.estimation.estimate import Estimate, estimate
+from jaxode.estimation.observed.user_functions import check_options
 from jaxode.ode.adjoints import Adjoint, DiscreteAdjoint, ForwardMode
 from jaxode.ode.solve import solve
 from jaxode.ode.solvers.rosenbrock import Rodas5P
@@ -266,9 +266,7 @@ def load(path: str | Path, **options: Any) -> Problem:
             f"{arg('path')} needs double precision; got float32. Call "
             "jax.config.update('jax_enable_x64', True) first."
         )
-    for name in options:
-        if name in NOT_OPTIONS_OF_PETAB or name not in inspect.signature(solve).parameters:
-            raise TypeError(f"{arg(name)} is not an option of petab.load. Leave it out.")
+    check_options(options, NOT_OPTIONS_OF_PETAB)
     tables = read_tables(path)
     experiments = Experiments(read_model(tables.sbml), Parameters(tables.parameter), tables)
     return Problem(experiments, Measurements(experiments, tables), options)

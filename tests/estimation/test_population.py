@@ -423,7 +423,10 @@ WRONG = {
     "a list of names": ({"vary": ["level"]}, r"vary=.* Pass such as vary=\{'level': 0.3\}"),
     "no dictionary": ({"start": jnp.ones(2)}, r"start=.*must be a dictionary"),
     "one subject": ({"ys": LINES[0]}, r"ys=.*\[subjects, times, ...\]"),
-    "noise of one": ({"noise": lambda p: p["level"]}, r"function \(predicted, params\); got \(p\)"),
+    "noise of one": (
+        {"noise": lambda p: p["level"]},
+        r"function \(predicted, params\); got one of \(p\)",
+    ),
     "an unknown option": ({"batch": "joint"}, "is not an option of estimate_population"),
     "states with one axis more": (
         {"ys": LINES},
@@ -431,11 +434,11 @@ WRONG = {
     ),
     "a prediction with one axis less": (
         {"observe": lambda t, y, params: y[0]},
-        r"observe=.*must return one observation.* its ys, \(6, 1\); got \(6,\)",
+        r"observe=.*must return one observation.* its ys, \(6, 1\); got shape \(6,\)",
     ),
     "noise of other times": (
         {"noise": lambda predicted, params: jnp.ones(3)},
-        r"noise=.*must return what broadcasts.*, \(6, 1\); got \(3,\)",
+        r"noise=.*must return what broadcasts.*, \(6, 1\); got shape \(3,\)",
     ),
     "half a step": ({"steps": 2.5}, r"steps=.*must be an integer of at least 0; got 2.5"),
     "times out of order": ({"ts": TS[::-1]}, "must be in order"),

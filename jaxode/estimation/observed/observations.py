@@ -1,6 +1,5 @@
 """Check what `jaxode.estimate` gets, and pose the problem."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,11 +13,9 @@ from jaxode._checks.arguments import (
     check_args,
     check_number,
     check_state,
-    described,
     floating,
     numbers,
     one_of,
-    takes,
 )
 from jaxode._checks.caller import arg
 from jaxode._checks.rules import TIME
@@ -28,19 +25,27 @@ from jaxode.estimation.observed.bounds import Bounds, checked_bounds
 from jaxode.estimation.observed.likelihoods import LIKELIHOODS, Likelihood, LogNormal
 from jaxode.estimation.observed.observed_system import ObservedODE, needs_row, of_rows
 from jaxode.estimation.observed.tolerances import PARAMETER_TOLERANCE, spreads, with_atol
+from jaxode.estimation.observed.user_functions import (
+    broadcasts,
+    check_function,
+    check_noise_shape,
+    check_observed_shape,
+    index_with_axis,
+)
 from jaxode.ode.field import check_field
 from jaxode.ode.interpolations import check_knots
 from jaxode.ode.pieces import check_jumps
 
-# How a user's functions are called, and in which other ways they may be.
-SIGNATURES = {
+# How a user's functions are called, and how they may be with `row_args`.
+CALLS = {
     "observe": ("t, y, params",),
     "residual": ("predicted, observed", "predicted, observed, params"),
     "likelihood": ("predicted, observed, params",),
     "prior": ("params",),
-    "y0": ("params", "params, row"),
-    "noise": ("params", "params, row"),
+    "y0": ("params",),
+    "noise": ("params",),
 }
+CALLS_WITH_ROW = {"y0": ("params, row",), "noise": ("params, row",)}
 
 
 class EstimateArguments(NamedTuple):
@@ -96,12 +101,12 @@ def _check_functions(arguments: EstimateArguments) -> None:
     check_field("f", arguments.f, "f(t, y, params)")
     if arguments.likelihood is not None and not callable(arguments.likelihood):
         one_of("likelihood", arguments.likelihood, tuple(LIKELIHOODS))
-    for name in ("observe", "residual", "prior"):
-        if getattr(arguments, name) is not None:
-            _check_function(name, getattr(arguments, name))
-    for name in ("y0", "likelihood", "noise"):
-        if callable(getattr(arguments, name)):
-            _check_function(name, getattr(arguments, name), arguments.row_args is not None)
+    for name, calls in CALLS.items():
+        function, with_row = getattr(arguments, name), CALLS_WITH_ROW.get(name, ())
+        is_number = name in ("y0", "noise", "likelihood") and not callable(function)
+        if function is not None and not is_number:
+            rows = arguments.row_args is not None
+            check_function(name, function, calls + with_row * rows, with_row * (not rows))
     check_jumps(arguments.options.get("jumps"))
 
 
@@ -138,33 +143,14 @@ def _experiments(
     return y0, row_args
 
 
-def _check_function(name: str, function: Any, rows: bool = True) -> None:
-    """Raise unless it takes what it will be called with."""
-    if not callable(function):
-        raise TypeError(f"{arg(name)} must be a function; got {function!r}.")
-    calls = [call for call in SIGNATURES[name] if rows or "row" not in call]
-    if not any(takes(function, *call.split(", ")) for call in calls):
-        said = ", or ".join(f"({call})" for call in SIGNATURES[name])
-        said += " with row_args" if "row" in SIGNATURES[name][-1] else ""
-        raise TypeError(
-            f"{arg(name)} must be a function {said}; got one of {inspect.signature(function)}."
-        )
-
-
 def _check_shapes(problem: ObservedODE) -> None:
     """Raise unless predictions and residuals are like observations: others would broadcast."""
     shape = problem.ys.shape
     if problem.observe is not None:
         returned = jax.eval_shape(problem.predicted, problem.template, jnp.max(problem.ts))
-        if getattr(returned, "shape", None) != shape:
-            has_shape = hasattr(returned, "shape")
-            got = f"shape {returned.shape}" if has_shape else described(returned)
-            raise ValueError(
-                f"{arg('observe')} must return one observation, so that together they are like "
-                f"ys, {shape}; got {got}."
-            )
+        check_observed_shape(returned, shape)
     if callable(problem.noise):
-        _check_noise_shape(problem)
+        check_noise_shape(_noise_of_first_row(problem), shape[problem.ts.ndim :], "an observation")
     if isinstance(problem.likelihood, Likelihood):
         return
     name, returns = "residual", "residuals"
@@ -306,19 +292,13 @@ def _noise_numbers(noise: Any, ys: Array) -> Array:
     return array
 
 
-def _check_noise_shape(problem: ObservedODE) -> None:
-    """Raise unless a function of the noise returns what broadcasts with an observation."""
+def _noise_of_first_row(problem: ObservedODE) -> Any:
+    """The shape of what a function of the noise returns."""
     noise: Any = problem.noise
     rows = problem.row_args
     by_row = rows is not None and needs_row(noise)
     row = (jax.tree.map(lambda leaf: leaf[0], rows),) if by_row else ()
-    returned = jax.eval_shape(noise, problem.with_args(problem.template), *row)
-    shape = problem.ys.shape[problem.ts.ndim :]
-    if not broadcasts(getattr(returned, "shape", (-1,)), shape):
-        raise ValueError(
-            f"{arg('noise')} must return what broadcasts with an observation, {shape}; got "
-            f"{returned}."
-        )
+    return jax.eval_shape(noise, problem.with_args(problem.template), *row)
 
 
 def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
@@ -328,17 +308,8 @@ def _check_whole(state: PyTree[Array], ts: Array, ys: Array) -> None:
     whole = (*ts.shape, *state.shape[ts.ndim - 1 :])
     if whole != ys.shape:
         lacks_axis = whole == (*ys.shape, 1)
-        index = f"ys[{', '.join(':' * ys.ndim)}, None]"
-        cure = f"{index}, since y0 is an array" if lacks_axis else "observe(t, y, params)"
+        cure = index_with_axis(ys.ndim) if lacks_axis else "observe(t, y, params)"
         raise ValueError(
             f"{arg('ys')} must be states, {whole}, without observe; got shape {ys.shape}. Pass "
             f"{cure}."
         )
-
-
-def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether an array of a shape broadcasts to another one."""
-    try:
-        return jnp.broadcast_shapes(shape, to) == to
-    except (ValueError, TypeError):
-        return False

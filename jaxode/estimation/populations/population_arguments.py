@@ -1,6 +1,5 @@
 """Check what `jaxode.estimate_population` gets, and pose the population."""
 
-import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -18,20 +17,25 @@ from jaxode._checks.arguments import (
     floating,
     non_negative,
     numbers,
-    takes,
 )
 from jaxode._checks.caller import arg
 from jaxode._checks.errors import first_row
 from jaxode._checks.rules import TIME
 from jaxode._checks.samples import check_finite, check_rows
 from jaxode._checks.times import infinite_padding
-from jaxode.estimation.observed.observations import as_data, broadcasts, check_observed, check_times
+from jaxode.estimation.observed.observations import as_data, check_observed, check_times
 from jaxode.estimation.observed.observed_system import Experiment
 from jaxode.estimation.observed.tolerances import with_atol
+from jaxode.estimation.observed.user_functions import (
+    check_function,
+    check_noise_shape,
+    check_observed_shape,
+    check_options,
+    index_with_axis,
+)
 from jaxode.estimation.populations.marginal import Population
 from jaxode.ode.field import check_field
 from jaxode.ode.pieces import Jumps, check_jumps
-from jaxode.ode.solve import solve
 
 # The relative tolerance of solves.
 POPULATION_RTOL = {jnp.dtype("float64"): 1e-6, jnp.dtype("float32"): 1e-5}
@@ -65,7 +69,11 @@ def posed_population(arguments: PopulationArguments) -> tuple[Population, np.nda
     y0, noise, options = arguments.y0, arguments.noise, arguments.options
     check_field("f", arguments.f, "f(t, y, params)")
     check_bool("correlated", arguments.correlated)
-    _check_functions(arguments.observe, noise, options)
+    check_options(options, NOT_OPTIONS_OF_POPULATIONS)
+    for name, call in (("observe", "t, y, params"), ("noise", "predicted, params")):
+        if (function := getattr(arguments, name)) is not None:
+            check_function(name, function, (call,))
+    check_jumps(options.get("jumps"))
     template, places, deviations = _varying(arguments.start, arguments.vary)
     times, ys, t0 = _observations(arguments)
     row_args = arguments.row_args
@@ -116,28 +124,18 @@ def _check_shapes(population: Population) -> None:
     subject = jax.tree.map(lambda leaf: leaf[0], population.subjects)
     params, shape = population.template, subject.ys.shape
     predicted = jax.eval_shape(population.prediction_of, params, subject)
-    got = getattr(predicted, "shape", predicted)
-    if got != shape and population.observe is not None:
-        raise ValueError(
-            f"{arg('observe')} must return one observation, so that those of a subject are like "
-            f"its ys, {shape}; got {got}."
-        )
-    if got != shape:
+    if population.observe is not None:
+        check_observed_shape(predicted, shape, "its ys")
+    elif (got := getattr(predicted, "shape", predicted)) != shape:
         cure = "Let ys and y0 have the same axes after times and subjects, or pass observe."
         if got == (*shape, 1):
-            cure = f"Pass ys[{', '.join(':' * (1 + len(shape)))}, None], since y0 is an array."
+            cure = f"Pass {index_with_axis(1 + len(shape))}."
         raise ValueError(
             f"{arg('ys')} of a subject must be like its states, {got}; got {shape}. {cure}"
         )
-    if population.noise is None:
-        return
-    noise = jax.eval_shape(population.noise, predicted, population.with_args(params))
-    got = getattr(noise, "shape", noise)
-    if not (isinstance(got, tuple) and broadcasts(got, shape)):
-        raise ValueError(
-            f"{arg('noise')} must return what broadcasts with the predictions of a subject, "
-            f"{shape}; got {got}."
-        )
+    if population.noise is not None:
+        noise = jax.eval_shape(population.noise, predicted, population.with_args(params))
+        check_noise_shape(noise, shape, "the predictions of a subject")
 
 
 def checked_doses(
@@ -181,21 +179,6 @@ def cause(population: Population, theta: np.ndarray, i: int) -> str:
         f"noise is {noise[at]:.4g} for ys{[i, *at]} = {subject.ys[at]:.4g}, where "
         f"{mean[at]:.4g} is predicted. Let it be positive, as with a constant that is added."
     )
-
-
-def _check_functions(observe, noise, options) -> None:
-    """Raise for functions that cannot be called as they will be, and for unknown options."""
-    for name, function, call in (
-        ("observe", observe, ("t", "y", "params")),
-        ("noise", noise, ("predicted", "params")),
-    ):
-        if function is not None and not (callable(function) and takes(function, *call)):
-            got = inspect.signature(function) if callable(function) else repr(function)
-            raise TypeError(f"{arg(name)} must be a function ({', '.join(call)}); got {got}.")
-    allowed = set(inspect.signature(solve).parameters) - set(NOT_OPTIONS_OF_POPULATIONS)
-    if wrong := [name for name in options if name not in allowed]:
-        raise TypeError(f"{arg(wrong[0])} is not an option of estimate_population. Leave it out.")
-    check_jumps(options.get("jumps"))
 
 
 def _varying(start: Any, vary: Any) -> tuple[PyTree, Array, Array]:
